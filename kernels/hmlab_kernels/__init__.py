@@ -1,0 +1,1 @@
+"""The operators under the memories: one folder per operation."""

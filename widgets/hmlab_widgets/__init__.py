@@ -1,0 +1,1 @@
+"""Views and dashboards: a Dataset goes in, a selection comes out."""
