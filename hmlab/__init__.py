@@ -1,3 +1,3 @@
-"""A workbench for hierarchical memories in language models."""
+"""hmlab: a workbench for hierarchical memory in neural networks."""
 
 __version__ = "0.1.0"
