@@ -65,6 +65,13 @@ class Memory(nn.Module, ABC):
         """Bytes that the state really holds."""
         return state_bytes(state)
 
+    def reserve(self, state: Any, tokens: int) -> Any:
+        """Room in the state for that many more tokens, for compiled calls, which cannot grow a state by its counter.
+
+        Memories whose state grows otherwise, or not at all, return it as it is.
+        """
+        return state
+
     def reorder(self, state: Any, rows: Int[Tensor, "rows"]) -> Any:
         """The state with batch rows chosen by index, repeated or left out (beam search)."""
         return reorder(state, rows)
@@ -84,8 +91,8 @@ class Memory(nn.Module, ABC):
 def document_positions(
     start: Int[Tensor, "batch"], reset: Bool[Tensor, "batch time"] | None, valid: Bool[Tensor, "batch time"] | None,
     time: int,
-) -> Int[Tensor, "batch time"]:
-    """1-based position of each token in its document; 0 at padding.
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch"]]:
+    """1-based position of each token in its document, 0 at padding; and the tokens consumed after the last.
 
     start: tokens of the current document already consumed, per row.
     """
@@ -99,7 +106,8 @@ def document_positions(
         step = torch.ones_like(count) if valid is None else valid.long()
         before = torch.where(reset, position - step, 0).cummax(1).values
         position = position - before
-    return position if valid is None else position * valid
+    end = position[:, -1] if time else start
+    return position if valid is None else position * valid, end
 
 
 def state_bytes(state: Any) -> int:

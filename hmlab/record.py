@@ -167,6 +167,12 @@ def recording_is_on(name: str) -> bool:
     return recording is not None and recording.wants(name)
 
 
+def call_start() -> int:
+    """Position, in the recorded stream, of the first token of the memory call under way; 0 when nobody records."""
+    recording = _active.get()
+    return 0 if recording is None or recording._scope is None else recording._scope[1]
+
+
 @contextmanager
 def record(model: nn.Module, names: Collection[str] | None = None, *, start: int = 0) -> Iterator[Recording]:
     """Record what the memories inside `model` (or `model`, itself a memory) observe.
