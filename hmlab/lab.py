@@ -21,6 +21,11 @@ from hmlab.child import START_SECONDS, ChildFailed, attend
 LOOPBACK = "127.0.0.1"
 
 
+def print_at_once(line: str) -> None:
+    """Print, also into a pipe or a file, without waiting for more."""
+    print(line, flush=True)
+
+
 class LabError(RuntimeError):
     """The lab or the dashboards cannot start; the message is one line that says why and what to do."""
 
@@ -75,7 +80,7 @@ def start_lab(
     browser: bool = True,
     dashboards: str | Path | None = None,
     notebooks: str | Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_at_once,
 ) -> None:
     """Run JupyterLab on the notebooks, with every dashboard behind its port and token, until told to stop.
 
@@ -117,7 +122,7 @@ def start_serve(
     dashboards: str | Path | None = None,
     origins: Sequence[str] = (),
     browser: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_at_once,
 ) -> None:
     """Run the dashboards, or the one called `name`, without JupyterLab, until told to stop.
 
