@@ -30,10 +30,12 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
-	$(if $(call runs,$(PYTHON)),,$(error $(PYTHON) is $(or $(shell $(PYTHON) --version 2>&1 | head -n 1),missing); hmlab needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12))
-	$(if $(shell $(PYTHON) -c 'import ensurepip, venv; print(1)' 2>/dev/null),,$(error $(PYTHON) has no venv module: apt-get install python3-venv))
+	$(if $(call runs,$(PYTHON)),,$(error $(PYTHON): expected Python 3.11 to 3.13, found \
+	  $(or $(shell $(PYTHON) --version 2>/dev/null),none); choose one with make PYTHON=python3.12))
+	$(if $(shell $(PYTHON) -c 'import ensurepip, venv; print(1)' 2>/dev/null),,\
+	  $(error $(PYTHON) cannot make environments: apt-get install python3-venv))
 	@$(PYTHON) -m venv $(VENV)
 	@.ci/torch $(BIN)/python $(TORCH)
-	@echo "installing hmlab and what it needs"
+	@echo "installing hmlab and what it needs (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt -e '.[all]'
 	@touch $@
