@@ -65,6 +65,11 @@ class Recording:
     _consumed: dict[int, int] = field(default_factory=dict)
     _scope: tuple[int, int, int] | None = None  # layer, start, tokens of the call under way
 
+    @property
+    def names_seen(self) -> tuple[str, ...]:
+        """What was observed so far."""
+        return tuple(self._seen)
+
     def wants(self, name: str) -> bool:
         return self.names is None or name in self.names
 
@@ -91,13 +96,12 @@ class Recording:
         import xarray as xr
 
         if not self._seen:
-            raise RuntimeError(
-                "recording: nothing was observed (compiled modules do not observe: record the module before torch.compile)"
-            )
+            raise RuntimeError("recording: nothing was observed (a compiled module does not observe)")
         arrays = {name: self._join(name, seen) for name, seen in self._seen.items()}
-        dataset = xr.merge(arrays.values(), join="outer", fill_value={n: _fill(a.dtype) for n, a in arrays.items()},
-                           compat="no_conflicts")
-        dataset = dataset.assign_coords(memory=("layer", [self.layers.get(int(i), "") for i in dataset["layer"].values]))
+        fill = {name: _fill(array.dtype) for name, array in arrays.items()}
+        dataset = xr.merge(arrays.values(), join="outer", fill_value=fill, compat="no_conflicts")
+        memories = [self.layers.get(int(layer), "") for layer in dataset["layer"].values]
+        dataset = dataset.assign_coords(memory=("layer", memories))
         dataset["time"].attrs.update(long_name="position", units="tokens")
         return dataset
 
@@ -105,8 +109,9 @@ class Recording:
         import xarray as xr
 
         dims = seen[0].dims
-        if any(o.dims != dims for o in seen):
-            raise ValueError(f"observe({name!r}): dims changed from {dims} to {[o.dims for o in seen if o.dims != dims][0]}")
+        for o in seen:
+            if o.dims != dims:
+                raise ValueError(f"observe({name!r}): dims changed from {dims} to {o.dims}")
         layers = sorted({o.layer for o in seen})
         axis = dims.index("time")
         first = min(o.start for o in seen)

@@ -64,7 +64,7 @@ class Summarizer(nn.Module):
         return self.norm(z).reshape(-1, batch, nodes, dim)
 
     def _mix(self, x: Float[Tensor, "slots some items width"], kernel: int) -> Float[Tensor, "slots banks items dim"]:
-        slots, some, items, width = x.shape
+        slots, _, items, width = x.shape
         if self.mixing == "linear":
             if slots == 1:  # one product with the bias inside
                 bias, weight = self.bias[0].expand(-1, items, -1), self.weight

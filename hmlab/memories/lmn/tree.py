@@ -15,7 +15,7 @@ from hmlab_kernels.tree_attention.levels import completed
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Table = Float[Tensor, "slots batch nodes dim"]
+Table = Float[Tensor, "_slots batch _nodes dim"]  # levels differ in both
 
 
 def depth(position: int, arity: int) -> int:
@@ -53,7 +53,7 @@ class Tree:
         # At the beginning only an overlapping kernel needs (zero) nodes before the first.
         return self.kernel - 1 if carried is not None or self.start is None else self.kernel - self.arity
 
-    def _children(self, table: Table, level: int, carry: int) -> Float[Tensor, "slots batch nodes kernel dim"]:
+    def _children(self, table: Table, level: int, carry: int) -> Float[Tensor, "slots batch new kernel dim"]:
         span = self.arity**level
         if self.start is not None:
             end = self.start + self.position.shape[1]
@@ -81,7 +81,8 @@ class Tree:
             children = children * (age < known[..., None])[..., None]
         return children
 
-    def kept(self, table: Table, level: int, end: Int[Tensor, "batch"], carry: int) -> Table:
+    def kept(self, table: Table, level: int, end: Int[Tensor, "batch"], carry: int
+             ) -> Float[Tensor, "slots batch kept dim"]:
         """The last kernel − 1 nodes of a level after the call, zero where there are none yet: the next `carried`."""
         keep = self.kernel - 1
         if self.start is not None:
@@ -102,7 +103,7 @@ def _joined(carried: list[Table] | None, level: int, new: Tensor | None, carry: 
     return old if new is None else torch.cat([old.to(new.dtype), new], 2)
 
 
-def _take(table: Table, index: Int[Tensor, "batch some"]) -> Table:
+def _take(table: Table, index: Int[Tensor, "batch some"]) -> Float[Tensor, "slots batch some dim"]:
     """Nodes by their place in the table, per row."""
     return table.gather(2, index[None, :, :, None].expand(table.shape[0], -1, -1, table.shape[-1]))
 

@@ -1,0 +1,231 @@
+"""The memory itself: configuration, state, and its two modes. Equations and source: the package's docstring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hmlab_kernels.tree_attention import Level, attention_weights, tree_attention
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hmlab.memory import Memory, document_positions
+from hmlab.record import call_start, observe, recording_is_on
+
+from .summarizer import Mixing, Summarizer
+from .tree import Table, Tree, depth, rows
+
+
+class State(NamedTuple):
+    """position: tokens consumed in the current document `[batch]`. own: the last kernel − 1 inputs
+    `[batch, kernel - 1, dim]`. nodes: the last kernel − 1 nodes of each level, level by level, oldest first, slot by
+    slot `[batch, levels·(kernel - 1)·slots, dim]`."""
+
+    position: Int[Tensor, "batch"]
+    own: Float[Tensor, "batch kept dim"]
+    nodes: Float[Tensor, "batch nodes dim"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """dim: E. heads: H. banks: K. arity: children per node. kernel: children the summarizer sees (arity if None; more
+    overlap). expansion: slots added per level (ExpSum). mixing, depth, normalise, branch_position: the summarizer
+    (see `Summarizer`; branch_position None: on from arity 4). impl: of tree attention, None for the device's default.
+    """
+
+    dim: int
+    heads: int = 4
+    banks: int = 2
+    arity: int = 2
+    kernel: int | None = None
+    expansion: int = 0
+    mixing: Mixing = "linear"
+    depth: int = 1
+    normalise: bool = False
+    branch_position: bool | None = None
+    impl: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("dim", 1), ("heads", 1), ("banks", 1), ("arity", 2), ("expansion", 0), ("depth", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim: expected a multiple of heads ({self.heads}), got {self.dim}")
+        if self.kernel is not None and self.kernel < self.arity:
+            raise ValueError(f"kernel: expected at least arity ({self.arity}), got {self.kernel}")
+        if self.mixing not in ("linear", "depthwise", "full"):
+            raise ValueError(f"mixing: expected linear, depthwise or full, got {self.mixing!r}")
+
+    def build(self) -> LogarithmicMemory:
+        return LogarithmicMemory(self)
+
+
+class LogarithmicMemory(Memory):
+    """The tree and its attention, without norm, feed-forward or residual."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.dim = config, config.dim
+        self.kernel = config.kernel or config.arity
+        branch = config.arity > 3 if config.branch_position is None else config.branch_position
+        self.summarizer = Summarizer(
+            config.dim, banks=config.banks, kernel=self.kernel, expansion=config.expansion, mixing=config.mixing,
+            depth=config.depth, normalise=config.normalise, branch_position=branch,
+        )  # fmt: skip
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out_proj = nn.Linear(config.dim, config.dim)
+
+    def slots(self, level: int) -> int:
+        """Vectors that one node of a level holds, all banks together."""
+        return 1 if level == 0 else self.config.banks * (1 + level * self.config.expansion)
+
+    def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+                   ) -> State:
+        factory = {"device": device or self.qkv.weight.device, "dtype": dtype or self.qkv.weight.dtype}
+        own = torch.zeros(batch, self.kernel - 1, self.dim, **factory)
+        position = torch.zeros(batch, dtype=torch.int64, device=factory["device"])
+        return State(position, own, own.new_zeros(batch, 0, self.dim))
+
+    def reserve(self, state: State, tokens: int) -> State:
+        levels = depth(int(state.position.amax()) + tokens, self.config.arity)
+        extra = sum(self.slots(i) for i in range(1, levels + 1)) * (self.kernel - 1) - state.nodes.shape[1]
+        return state._replace(nodes=F.pad(state.nodes, (0, 0, 0, max(extra, 0))))
+
+    def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
+        self.check_input(x, tokens, reset, valid)
+        batch, time, _ = x.shape
+        if time == 0:
+            return x, self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
+        if valid is not None:  # what padding holds, even NaN, must reach no sum
+            x = torch.where(valid[..., None], x, 0)
+        tree, levels, end, kept_levels = self._plan(x, state, reset, valid)
+        carried = None if state is None else self._carried(state)
+        if carried is None and tree.start is None:
+            carried = self._carried(self.init_state(batch, device=x.device, dtype=x.dtype))
+        carry = tree.carry(carried)
+        tables = tree.build(x, carried, levels, self.summarizer)
+
+        flat, places = rows(tables, carry)
+        own, nodes = self._project(x, flat)
+        read, _ = tree_attention(own, nodes, tree.position, places, arity=self.config.arity, impl=self.config.impl)
+        y = self.out_proj(read.flatten(2))
+        if valid is not None:
+            y = y * valid[..., None]
+        self._observe(own, nodes, tree, places)
+
+        kept = [tree.kept(table, level, end, carry) for level, table in enumerate(tables[: kept_levels + 1])]
+        return y, State(end, kept[0][0], _stacked(kept[1:], kept[0][0]))
+
+    def step(self, x, state, *, tokens=None):
+        if recording_is_on("attention"):
+            return super().step(x, state, tokens=tokens)
+        arity, keep = self.config.arity, self.kernel - 1
+        position = state.position + 1
+        tables = self._carried(state)
+        if torch.compiler.is_compiling():
+            levels = completing = len(tables) - 1
+            torch._assert_async((position < arity ** (levels + 1)).all(), "state: reserve() room before compiled steps")
+        else:
+            completing, levels = self._completing(position)
+        # A level completes only where the one below it does, from its kernel - 1 youngest nodes and the new one.
+        new = x[None, :, None]
+        updated = [torch.cat([tables[0], new], 2)[:, :, 1:]]
+        for level in range(1, completing + 1):
+            children = torch.cat([tables[level - 1], new], 2)
+            if self.kernel > arity:
+                age = torch.arange(keep, -1, -1, device=x.device)
+                children = children * (age < (position // arity ** (level - 1))[:, None])[..., None]
+            new = self.summarizer(children[:, :, None].to(x.dtype))
+            old = tables[level] if level < len(tables) else new.new_zeros(*new.shape[:2], keep, self.dim)
+            done = (position % arity**level == 0)[:, None, None]
+            updated.append(torch.where(done, torch.cat([old, new], 2)[:, :, 1:], old))
+        tables = updated + tables[completing + 1 :]
+
+        flat = torch.cat([table[:, :, -1] for table in tables[1:]]) if levels else x.new_empty(0, *x.shape)
+        own, nodes = self._project(x[:, None], flat.transpose(0, 1))
+        seen = [position >= arity**level for level in range(1, levels + 1) for _ in range(self.slots(level))]
+        mask = torch.stack([torch.ones_like(position, dtype=torch.bool), *seen], 1)[:, None, None]
+        # One query, the token's key, against the queries of the nodes: the roles are swapped, the sum is the same.
+        query = torch.cat([own[:, :, 0], nodes[:, :, 0]], 1).transpose(1, 2)
+        value = torch.cat([own[:, :, 2], nodes[:, :, 1]], 1).transpose(1, 2)
+        read = F.scaled_dot_product_attention(own[:, :, 1].transpose(1, 2), query, value, attn_mask=mask)
+        return self.out_proj(read.flatten(1)), State(position, tables[0][0], _stacked(tables[1:], tables[0][0]))
+
+    def _plan(self, x: Tensor, state: State | None, reset: Tensor | None, valid: Tensor | None):
+        """The tree of this call, its levels, the positions after it, and the levels the new state keeps."""
+        batch, time, _ = x.shape
+        arity, start = self.config.arity, None
+        first = x.new_zeros(batch, dtype=torch.int64) if state is None else state.position
+        uniform = reset is None and valid is None
+        if uniform and state is None:
+            start = 0
+        elif uniform and not torch.compiler.is_compiling():
+            low, high = torch.stack(torch.aminmax(state.position)).tolist() if batch else (0, 0)
+            start = low if low == high else None
+        position, end = document_positions(first, reset, valid, time)
+        if start is not None:
+            levels = kept = depth(start + time, arity)
+        elif torch.compiler.is_compiling():  # the counter cannot be read: the state's room is all there is
+            levels = kept = max(depth(time, arity), 0 if state is None else len(self._carried(state)) - 1)
+            torch._assert_async((position < arity ** (levels + 1)).all(), "state: reserve() room before compiled calls")
+        else:
+            last = int(end.amax()) if batch else 0
+            levels, kept = depth(max(int(position.amax()) if batch else 0, last), arity), depth(last, arity)
+        return Tree(arity, self.kernel, position, start), levels, end, kept
+
+    def _completing(self, position: Tensor) -> tuple[int, int]:
+        """Highest level that any row completes at its position, and levels that the deepest row has."""
+        completing = deepest = 0
+        for t in set(position.tolist()):
+            deepest = max(deepest, depth(t, self.config.arity))
+            level = 0
+            while t % self.config.arity ** (level + 1) == 0:
+                level += 1
+            completing = max(completing, level)
+        return completing, deepest
+
+    def _carried(self, state: State) -> list[Table]:
+        """The state's nodes by level: `[slots, batch, kernel - 1, dim]`, level 0 first."""
+        carried, at, level = [state.own[None]], 0, 1
+        while at < state.nodes.shape[1]:
+            size = self.slots(level) * (self.kernel - 1)
+            table = state.nodes[:, at : at + size].unflatten(1, (self.kernel - 1, self.slots(level)))
+            carried.append(table.permute(2, 0, 1, 3))
+            at, level = at + size, level + 1
+        return carried
+
+    def _project(self, x: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Query, key, value of tokens; query and value of nodes, once per node and not once per reader."""
+        weight, bias, (E, H) = self.qkv.weight, self.qkv.bias, (self.dim, self.config.heads)
+        own = self.qkv(x).unflatten(-1, (3, H, -1))
+        nodes = F.linear(flat, torch.cat([weight[:E], weight[2 * E :]]), torch.cat([bias[:E], bias[2 * E :]]))
+        return own, nodes.unflatten(-1, (2, H, -1))
+
+    def _observe(self, own: Tensor, nodes: Tensor, tree: Tree, places: list[Level]) -> None:
+        dims, arity = ("batch", "time", "node"), self.config.arity
+        labels = [(0, 0)] + [(i + 1, k % self.config.banks) for i, p in enumerate(places) for k in range(p.slots)]
+        coords = {"level": ("node", [i for i, _ in labels]), "bank": ("node", [k for _, k in labels])}
+
+        def span(edge: int) -> Tensor:
+            # A document's tokens are consecutive in the stream where padding does not part them.
+            time = call_start() + torch.arange(tree.position.shape[1], device=own.device)
+            spans = []
+            for level, _ in labels:
+                size = arity**level
+                last = time - tree.position % size + 1  # the end of the last complete node
+                sees = (tree.position >= size) & (tree.position > 0)
+                spans.append(torch.where(sees, last - size if edge == 0 else last, -1))
+            return torch.stack(spans, -1)
+
+        observe("attention", lambda: attention_weights(own, nodes, tree.position, places, arity=arity),
+                ("batch", "time", "heads", "node"), coords=coords)
+        observe("span_start", lambda: span(0), dims, coords=coords)
+        observe("span_end", lambda: span(1), dims, coords=coords)
+
+
+def _stacked(tables: list[Table], like: Tensor) -> Float[Tensor, "batch _nodes dim"]:
+    """The reverse of `_carried` for level 1 and above."""
+    flat = [table.permute(1, 2, 0, 3).flatten(1, 2) for table in tables]
+    return torch.cat(flat, 1) if flat else like.new_empty(like.shape[0], 0, like.shape[-1])
