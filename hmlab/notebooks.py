@@ -22,11 +22,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from hmlab.assets import assets_root
+from hmlab.registry import UnknownName
 
 _ANNOTATIONS = {
     "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union,
@@ -35,7 +35,7 @@ _ANNOTATIONS = {
 
 
 class ParameterError(ValueError):
-    """A notebook was asked for with a name, a form or parameters that it does not have."""
+    """A notebook cannot be run as asked; the message is one line that names what was wrong."""
 
 
 class NotebookError(RuntimeError):
@@ -82,19 +82,17 @@ class Notebook:
     def form(self, name: str) -> dict[str, Any]:
         """The parameters of a form."""
         if name not in self.forms:
-            raise ParameterError(f"form: expected one of {_listed(self.forms)} for {self.name}, got {name!r}")
+            raise UnknownName(f"form of {self.name}", name, self.forms)
         return dict(self.forms[name])
 
     def check(self, values: Mapping[str, Any], *, text: bool = False) -> dict[str, Any]:
-        """`values` with every name and type checked; `ParameterError` otherwise.
+        """`values` with every name and type checked; `UnknownName` or `ParameterError` otherwise.
 
         text: the values are strings from a command line, to be read by each parameter's type.
         """
         for name in values:
             if name not in self.parameters:
-                near = get_close_matches(name, self.parameters, n=3)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {_listed(self.parameters)}"
-                raise ParameterError(f"{self.name} has no parameter {name!r}; {hint}")
+                raise UnknownName(f"parameter of {self.name}", name, self.parameters)
         return {name: self.parameters[name].check(value, text=text) for name, value in values.items()}
 
 
@@ -124,9 +122,7 @@ def find(name: str | Path) -> Path:
     stem = Path(name).name.removesuffix(".ipynb")
     if found := paths.get(stem) or short.get(stem):
         return found
-    near = get_close_matches(stem, [*paths, *short], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {_listed(paths)}"
-    raise ParameterError(f"notebook: expected a file or the name of a notebook, got {str(name)!r}; {hint}")
+    raise UnknownName("notebook", str(name), [*paths, *short])
 
 
 def read(path: str | Path) -> Notebook:
@@ -156,13 +152,14 @@ def run_notebook(
 ) -> Execution:
     """Run a notebook headless in a kernel of this Python and keep the executed copy and its page in `out`.
 
-    parameters: checked against the notebook's own before the kernel starts (`ParameterError`).
+    parameters: checked against the notebook's own before the kernel starts (as `Notebook.check`).
     timeout: seconds that one cell may take. on_cell: called before each cell with its index and their number.
     Raises `NotebookError` when a cell fails; `out` then holds `NAME.failed.ipynb` and `NAME.failed.html`.
     """
     from papermill import execute_notebook
 
-    from hmlab.report import notebook_html, write
+    from hmlab import atomic
+    from hmlab.report import notebook_html
 
     notebook, out = read(path), Path(out)
     values = notebook.check(parameters)
@@ -185,7 +182,9 @@ def run_notebook(
             on_cell(cell_index, len(json.loads(partial.read_text(encoding="utf-8"))["cells"]))
 
     def page(name: str) -> Path:
-        return write(out / f"{name}.html", notebook_html(partial, title=notebook.title))
+        path = out / f"{name}.html"
+        atomic.write_text(path, notebook_html(partial, title=notebook.title))
+        return path
 
     try:
         # An empty widget registry: with the usual one the client can wait for ever on a cell with widgets.
@@ -254,7 +253,3 @@ def _datasets(out: Path) -> dict[Path, int]:
 
 def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-
-
-def _listed(names) -> str:
-    return ", ".join(sorted(names)) or "none"

@@ -6,7 +6,6 @@ and what a notebook viewer usually loads from outside (MathJax, require.js, merm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -92,17 +91,6 @@ def index_html(title: str, entries: Sequence[Entry], provenance: Mapping[str, An
 <table>{facts}</table>
 </body></html>
 """
-
-
-def write(path: Path, text: str) -> Path:
-    """Write a page so that it is there completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return path
 
 
 def _row(entry: Entry) -> str:

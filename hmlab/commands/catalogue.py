@@ -1,0 +1,128 @@
+"""`hmlab list`: what there is. `hmlab show`: what a configuration costs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hmlab.commands.corpora import rows_of_corpora
+from hmlab.commands.output import Json, flat, print_json, print_table, size
+from hmlab.commands.settings import Settings, pairs, user_values
+
+CHUNK = 1024  # tokens fed at once while the state is filled
+
+
+def list_all(json: Json = False) -> None:
+    """Memories, presets, corpora, notebooks, checkpoints and dashboards."""
+    everything = {
+        "memories": _memories(),
+        "presets": _presets(),
+        "corpora": rows_of_corpora(),
+        "notebooks": _notebooks(),
+        "checkpoints": _checkpoints(),
+        "dashboards": _dashboards(),
+    }
+    if json:
+        print_json(everything)
+        return
+    for title, rows in everything.items():
+        columns = list(rows[0]) if rows else ["none"]
+        print_table(columns, [_short(row).values() for row in rows], title=title.capitalize())
+        print()
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A preset or a memory; `hmlab list` names them.")],
+    dim: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 65,
+    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
+    settings: Settings = [],  # noqa: B006
+    time: Annotated[
+        int | None, typer.Option(help="Tokens read before the state is measured.", show_default="context or 512")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Parameters, bytes and operations of a model, from the model itself: it is built and reads `time` tokens."""
+    import torch
+
+    from hmlab import model as models
+    from hmlab import registry
+
+    chosen = pairs(settings, "--set")
+    with user_values():
+        config = registry.model_config(name, dim=dim, vocab=vocab, layers=layers, settings=chosen)
+    time = time if time is not None else config.context or 512
+    model = config.build()
+    with user_values(), torch.no_grad():
+        tokens = torch.randint(vocab, (1, time), generator=torch.Generator().manual_seed(0))
+        state = model.init_state(1)
+        for piece in tokens.split(CHUNK, dim=1):
+            _, state = model(piece, state)
+        flops = models.flops(config, time)
+    facts = {
+        "name": name,
+        "parameters": models.parameters(model),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "time": time,
+        "state_bytes": model.state_bytes(state),
+        "flops_per_token": flops,
+        "config": registry.to_dict(config),
+    }
+    if json:
+        print_json(facts)
+        return
+    rows = [
+        ("parameters", facts["parameters"]),
+        ("parameter bytes", size(facts["parameter_bytes"])),
+        (f"state bytes after {time} tokens", size(facts["state_bytes"])),
+        ("flops per token", round(flops)),
+        *flat(facts["config"]),
+    ]
+    print_table([name, ""], rows)
+
+
+def _short(row: dict) -> dict:
+    """A row whose description ends after the first sentence."""
+    about = row.get("about", "").partition(". ")[0].rstrip(".")
+    return {**row, "about": about} if about else row
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def _memories() -> list[dict]:
+    import sys
+
+    from hmlab import registry
+
+    # A Config's module says what the memory is.
+    return [
+        {"name": name, "about": _first_line(sys.modules[config.__module__])}
+        for name, config in registry.memory_configs().items()
+    ]
+
+
+def _presets() -> list[dict]:
+    from hmlab import registry
+
+    return [{"name": name, "about": preset.summary} for name, preset in registry.PRESETS.items()]
+
+
+def _notebooks() -> list[dict]:
+    from hmlab import notebooks
+
+    return [{"name": n.name, "title": n.title, "forms": list(n.forms)} for n in notebooks.available()]
+
+
+def _checkpoints() -> list[dict]:
+    from hmlab import pretrained
+
+    return [{"name": name} for name in pretrained.names()]
+
+
+def _dashboards() -> list[dict]:
+    from hmlab.lab import dashboards_in
+
+    return [{"name": dashboard.name, "title": dashboard.title} for dashboard in dashboards_in()]
