@@ -11,26 +11,28 @@ a new one. Under `torch.no_grad()` a step may reuse the storage of the state it 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hmlab.record import Observed
+
 State = TypeVar("State", bound=tuple)
 
 
-class Memory(nn.Module, ABC):
+class Memory(Observed, nn.Module, ABC):
     """Maps `[batch, time, dim]` to `[batch, time, dim]` causally, with a state between calls.
 
     Subclasses define `forward` and `init_state`, and `step` where one token can be had cheaper than
     `forward` of one token. They set `self.dim`.
     """
 
-    observed: ClassVar[bool] = True  # `record` looks for this
     dim: int
 
     @abstractmethod
@@ -132,21 +134,25 @@ def clone(state: State) -> State:
 
 def save_state(state: Any, path: str | Path) -> None:
     """Write a state as safetensors, one tensor per leaf, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     leaves = {pytree.keystr(k): v.detach().contiguous().clone() for k, v in pytree.tree_flatten_with_path(state)[0]}
     partial = path.with_name(path.name + ".partial")
-    save_file(leaves, partial)
+    with partial.open("wb") as out:
+        out.write(save(leaves))
+        out.flush()
+        os.fsync(out.fileno())
     partial.replace(path)
 
 
 def load_state(like: State, path: str | Path) -> State:
-    """Read a state of the same structure as `like` (`memory.init_state(1)` serves); shapes come from the file."""
+    """Read a state of the same structure and on the same device as `like` (`memory.init_state(1)` serves); shapes
+    and types come from the file."""
     from safetensors.torch import load_file
 
-    leaves = load_file(path)
     with_paths, spec = pytree.tree_flatten_with_path(like)
+    leaves = load_file(path, device=str(with_paths[0][1].device))
     names = [pytree.keystr(k) for k, _ in with_paths]
     if set(names) != set(leaves):
         raise ValueError(f"path: expected a state with {sorted(names)}, {path} holds {sorted(leaves)}")

@@ -12,6 +12,7 @@ steps) are joined into one axis.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,6 +63,7 @@ class Recording:
     layers: dict[int, str] = field(default_factory=dict)
     _seen: dict[str, list[_Observation]] = field(default_factory=dict)
     _units: dict[str, str] = field(default_factory=dict)
+    _layer_of: dict[int, int] = field(default_factory=dict)  # by the module's id
     _consumed: dict[int, int] = field(default_factory=dict)
     _scope: tuple[int, int, int] | None = None  # layer, start, tokens of the call under way
 
@@ -73,8 +75,31 @@ class Recording:
     def wants(self, name: str) -> bool:
         return self.names is None or name in self.names
 
+    @contextmanager
+    def _call(self, module: Any, tokens: int) -> Iterator[None]:
+        """The time in which `module` reads `tokens` tokens."""
+        layer, outer = self._layer_of.get(id(module)), self._scope
+        if layer is None:  # of another model, which nobody records
+            token = _active.set(None)
+            try:
+                yield
+            finally:
+                _active.reset(token)
+        elif outer is not None and outer[0] == layer:  # a step that is written as a forward of one token
+            yield
+        else:
+            start = self._consumed.get(layer, self.start)
+            self._scope = (layer, start, tokens)
+            try:
+                yield
+            finally:
+                self._scope = outer
+            self._consumed[layer] = start + tokens
+
     def _take(self, name: str, value: Tensor, dims: tuple[str, ...], units: str, coords: Coordinates) -> None:
         layer, start, tokens = self._scope if self._scope is not None else (0, self.start, 1)
+        if not tokens:
+            return
         if value.ndim != len(dims):
             raise ValueError(f"observe({name!r}): dims {dims} name {len(dims)} axes, the value has {value.ndim}")
         # Copied: later in-place changes of the tensor must not reach what was recorded.
@@ -102,6 +127,7 @@ class Recording:
         dataset = xr.merge(arrays.values(), join="outer", fill_value=fill, compat="no_conflicts")
         memories = [self.layers.get(int(layer), "") for layer in dataset["layer"].values]
         dataset = dataset.assign_coords(memory=("layer", memories))
+        dataset.attrs.clear()  # those of one variable
         dataset["time"].attrs.update(long_name="position", units="tokens")
         return dataset
 
@@ -120,7 +146,9 @@ class Recording:
         place = {t: i for i, t in enumerate(times)} if len(times) != times[-1] - first + 1 else None
         shape = [max(o.value.shape[a] for o in seen) for a in range(len(dims))]
         shape[axis] = len(times)
-        dtype = seen[0].value.dtype if seen[0].value.dtype != np.bool_ else np.dtype(np.int8)
+        dtype = np.result_type(*(o.value.dtype for o in seen))
+        if dtype.kind in "bu":  # room for -1
+            dtype = np.promote_types(dtype, np.int8)
         joined = np.full((len(layers), *shape), _fill(dtype), dtype=dtype)
         coords: dict[str, tuple[str, np.ndarray]] = {}
         for o in seen:
@@ -129,8 +157,11 @@ class Recording:
             index[axis] = slice(at, at + o.value.shape[axis])
             joined[(layers.index(o.layer), *index)] = o.value
             for key, (dim, values) in o.coords.items():
-                if key not in coords or len(values) > len(coords[key][1]):
-                    coords[key] = (dim, values)
+                known = coords.get(key, (dim, values[:0]))[1]
+                if not np.array_equal(known[: len(values)], values[: len(known)]):
+                    raise ValueError(f"observe({name!r}): coordinate {key!r} changed from {known} to {values}; "
+                                     "what differs between calls or layers is an observation of its own")
+                coords[key] = (dim, max(known, values, key=len))
         sizes = dict(zip(dims, shape, strict=True))
         axes = {dim: (dim, np.arange(n)) for dim, n in sizes.items() if dim != "time"}
         long_name = VOCABULARY.get(name, (name.replace("_", " "), ""))[0]
@@ -185,37 +216,41 @@ def record(model: nn.Module, names: Collection[str] | None = None, *, start: int
     names: keep only these observations. start: position of the first token that will be fed, when the model
     resumes from a state. Layers are numbered in the order of `model.modules()`.
     """
-    observed = [m for m in model.modules() if getattr(m, "observed", False)]
+    observed = [module for module in model.modules() if isinstance(module, Observed)]
     if not observed:
         raise ValueError(f"model: expected a module with memories inside, got {type(model).__name__} without any")
     recording = Recording(names=None if names is None else frozenset(names), start=start)
     for layer, module in enumerate(observed):
         recording.layers[layer] = type(module).__name__
-        for form in ("forward", "step"):
-            # Instance attributes hide the class's methods while the recording is on, and vanish after it.
-            setattr(module, form, _scoped(recording, layer, getattr(module, form)))
+        recording._layer_of[id(module)] = layer
     token = _active.set(recording)
     try:
         yield recording
     finally:
         _active.reset(token)
-        for module in observed:
-            del module.forward, module.step
 
 
-def _scoped(recording: Recording, layer: int, call: Callable) -> Callable:
-    def scoped(x: Tensor, *args, **kwargs):
-        outer = recording._scope
-        if outer is not None and outer[0] == layer:  # a step that is written as a forward of one token
-            return call(x, *args, **kwargs)
-        start = recording._consumed.get(layer, recording.start)
-        tokens = x.shape[1] if x.ndim == 3 else 1
-        recording._scope = (layer, start, tokens)
-        try:
-            result = call(x, *args, **kwargs)
-        finally:
-            recording._scope = outer
-        recording._consumed[layer] = start + tokens
-        return result
+class Observed:
+    """Base of modules that observe: each is a `layer` of a recording, and its calls follow one another in `time`.
+
+    It goes before `nn.Module`. `forward` and `step` take x `[batch, time, dim]` or `[batch, dim]` first.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for form in ("forward", "step"):
+            if form in vars(cls):
+                setattr(cls, form, _scoped(vars(cls)[form]))
+
+
+def _scoped(call: Callable) -> Callable:
+    # Done once per class, not to the instances while recording: several threads may record one model, each its own.
+    @functools.wraps(call)
+    def scoped(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        recording = None if torch.compiler.is_compiling() else _active.get()
+        if recording is None:
+            return call(self, x, *args, **kwargs)
+        with recording._call(self, x.shape[1] if x.ndim == 3 else 1):
+            return call(self, x, *args, **kwargs)
 
     return scoped
