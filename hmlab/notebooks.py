@@ -107,9 +107,9 @@ class Execution:
     seconds: float
 
 
-def available() -> list[Notebook]:
-    """The notebooks that come with the package, in the order of their paths."""
-    folder = assets_root() / "notebooks"
+def available(folder: str | Path | None = None) -> list[Notebook]:
+    """The notebooks in a folder, by default those that come with the package, in the order of their paths."""
+    folder = assets_root() / "notebooks" if folder is None else Path(folder)
     return [read(path) for path in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
 
 

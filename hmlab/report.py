@@ -126,10 +126,7 @@ def _mathml(source: str, display: str) -> str:
 def _plotly_to_html(notebook) -> int:
     """Give every plotly figure an HTML form; returns how many there are."""
     outputs = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-        if PLOTLY in output.get("data", {})
+        output for cell in notebook.cells for output in cell.get("outputs", ()) if PLOTLY in output.get("data", {})
     ]
     for output in outputs:
         from plotly.io import to_html

@@ -1,4 +1,4 @@
-"""`hmlab bench`: how fast each operation is, in every implementation that runs here."""
+"""`hmlab bench`: how fast layers and operations are, beside what one would run instead and beside their floor."""
 
 from __future__ import annotations
 
@@ -7,50 +7,65 @@ from typing import Annotated, Any
 
 import typer
 
-from hmlab.commands.output import Json, print_json, print_table, say
+from hmlab.commands.output import Json, print_json, print_table, say, size
 from hmlab.commands.settings import Refusal
-from hmlab.registry import UnknownName
 
 
 def bench(
-    op: Annotated[list[str] | None, typer.Argument(help="Operations; all of them without it.")] = None,
-    case: Annotated[list[str], typer.Option("--case", help="Only these cases; repeatable.")] = [],  # noqa: B006
-    save: Annotated[Path | None, typer.Option(help="Keep the measurements: a .zarr folder or an .nc file.")] = None,
+    suite: Annotated[list[str] | None, typer.Argument(help="Suites; all of them without it.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each case and candidate.")] = 2.0,
+    save: Annotated[Path | None, typer.Option(help="Keep the measurements in this new .zarr folder.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure the operations under the memories, case by case and implementation by implementation."""
-    import hmlab_kernels
-    from hmlab_kernels import bench as benchmark
+    """Measure; every figure beside the others of the same run, and beside the least the machine would need."""
+    from hmlab import bench as benchmark
 
-    if save is not None and save.suffix not in (".zarr", ".nc"):
-        raise Refusal(f"--save: expected a name that ends in .zarr or .nc, got {save.name!r}")
-    for name in op or ():
-        if name not in hmlab_kernels.OPS:
-            raise UnknownName("operation", name, hmlab_kernels.OPS)
-    dataset = benchmark.run(ops=op or None, cases=case or None)
+    if save is not None and (save.suffix != ".zarr" or save.exists()):
+        raise Refusal(f"--save: expected a new name that ends in .zarr, got {save}")
+    dataset = benchmark.run(suite or (), seconds=seconds, progress=say)
     if save is not None:
         _save(dataset, save)
         say(f"saved {save}")
     rows = _rows(dataset)
     if json:
-        print_json(rows)
-    elif rows:
-        print_table(list(rows[0]), [row.values() for row in rows])
+        print_json({"machine": dataset.attrs, "rows": rows})
+        return
+    print_table(
+        ["case", "candidate", "median ms", "quartiles ms", "x floor", "x first", "peak memory"],
+        [
+            (
+                row["case"],
+                row["candidate"],
+                1e3 * row["median"],
+                f"{1e3 * row['low']:.4g} to {1e3 * row['high']:.4g}",
+                row["times_floor"],
+                row["times_first"],
+                size(row["peak_bytes"]) if row["peak_bytes"] == row["peak_bytes"] else None,
+            )
+            for row in rows
+        ],
+    )
 
 
 def _rows(dataset: Any) -> list[dict[str, Any]]:
-    """One row for each op, case and implementation that was measured."""
-    frame = dataset.to_dataframe().reset_index().dropna(subset=list(dataset.data_vars), how="all")
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    """A row for each case and candidate measured. times_first: its median over that of the case's first one."""
+    rows = []
+    for case in dataset["case"].values:
+        measured = dataset.sel(case=case).dropna("candidate", subset=["median"])
+        for candidate in measured["candidate"].values:
+            numbers = measured.sel(candidate=candidate)
+            row = {"case": str(case), "candidate": str(candidate)}
+            row |= {name: float(numbers[name]) for name in ("median", "low", "high", "peak_bytes", "floor")}
+            row["times_floor"] = row["median"] / row["floor"]
+            row["times_first"] = row["median"] / float(measured["median"][0])
+            rows.append(row)
+    return rows
 
 
 def _save(dataset: Any, path: Path) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    if path.suffix == ".nc":
-        dataset.to_netcdf(partial, engine="h5netcdf")
-        partial.replace(path)
-        return
-    if path.exists():
-        raise Refusal(f"--save: {path} is there already")
-    dataset.to_zarr(partial, mode="w")
-    partial.rename(path)
+    from hmlab import atomic
+
+    # Zarr has a stable form for strings of any length, and none for numpy's fixed-length ones.
+    texts = {name: dataset[name].astype(object) for name in ("case", "candidate")}
+    with atomic.new_folder(path) as partial:
+        dataset.assign_coords(texts).to_zarr(partial, mode="w", consolidated=False)

@@ -50,7 +50,7 @@ def check(
     with user_values():
         config = config_class(dim=dim, **parse_fields(config_class, pairs(settings, "--set")))
     try:
-        report = check_memory(config, compile=compile, allow_rnn=allow_rnn)
+        report = check_memory(config.build, compile=compile, allow_rnn=allow_rnn)
     except ContractViolation as violation:
         raise Refusal(str(violation), status=1) from violation
     if json:

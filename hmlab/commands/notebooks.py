@@ -21,7 +21,7 @@ REPRODUCED = ("00_tour", "10_lmn")
 class NotebookCommand(TyperCommand):
     """Takes `-p NAME VALUE`, as other notebook runners do, beside `-p NAME=VALUE`."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], iter(args)
         for word in rest:
             joined.append(word)
@@ -59,13 +59,16 @@ def run(
 def reproduce(
     form: Annotated[str, typer.Option(help="smoke, quick or full.")] = "quick",
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports"),
+    folder: Annotated[
+        Path | None, typer.Option("--notebooks", help="A folder of notebooks instead of hmlab's own.")
+    ] = None,
     timeout: Timeout = 3600,
     json: Json = False,
 ) -> None:
     """Run the tour and every reproduction headless and write OUT/index.html."""
     from hmlab import atomic, notebooks, report
 
-    chosen = [n for n in notebooks.available() if n.name in REPRODUCED or n.path.parent.name == "reproductions"]
+    chosen = [n for n in notebooks.available(folder) if n.name in REPRODUCED or n.path.parent.name == "reproductions"]
     entries = []
     for notebook in chosen:
         begun, values, facts = time.monotonic(), dict(notebook.forms.get(form, {})), {}

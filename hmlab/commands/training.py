@@ -39,6 +39,7 @@ def train(
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 500,
     evaluate_batches: Annotated[int, typer.Option(help="Batches of an evaluation.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
     settings: Settings = [],  # noqa: B006
     runs: Folder = None,
     json: Json = False,
@@ -71,8 +72,11 @@ def train(
         experiment = experiments.Experiment(
             name=name, model=model, task=task, training=training.Config(**recipe), seed=seed
         )
-    with json_lines() if json else progress_bar(experiment.training.steps) as on_metrics:
-        run = experiments.run(experiment, store, on_metrics=on_metrics)
+    with user_values(), json_lines() if json else progress_bar(experiment.training.steps) as on_metrics:
+        try:
+            run = experiments.run(experiment, store, on_metrics=on_metrics, device=device)
+        except KeyboardInterrupt:  # it has made its checkpoint
+            run = store.open(experiment.id)
     info = run.info
     if json:
         print_json({key: info[key] for key in ("id", "state", "step", "steps", "hash", "seed")}, indent=None)
