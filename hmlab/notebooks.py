@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -156,17 +155,13 @@ def run_notebook(
     timeout: seconds that one cell may take. on_cell: called before each cell with its index and their number.
     Raises `NotebookError` when a cell fails; `out` then holds `NAME.failed.ipynb` and `NAME.failed.html`.
     """
-    from papermill import execute_notebook
-
-    from hmlab import atomic
+    from hmlab import atomic, headless
     from hmlab.report import notebook_html
 
     notebook, out = read(path), Path(out)
     values = notebook.check(parameters)
     if "out_dir" in notebook.parameters and "out_dir" not in values:
         values["out_dir"] = str(out)
-    # What it logs is said by the error that is raised.
-    logging.getLogger("papermill").addHandler(logging.NullHandler())
     final, partial = out / f"{notebook.name}.ipynb", out / f"{notebook.name}.partial.ipynb"
     if final.resolve() == notebook.path.resolve():
         raise ParameterError(f"out: expected another folder than the notebook's own, got {out}")
@@ -177,7 +172,7 @@ def run_notebook(
     before, started, under_way = _datasets(out), time.monotonic(), []
 
     def cell_starts(cell, cell_index: int) -> None:
-        under_way[:] = [f"cell {cell_index + 1} ({next(iter(cell.source.strip().splitlines()), '')})"]
+        under_way.append(cell)
         if on_cell is not None:
             on_cell(cell_index, len(json.loads(partial.read_text(encoding="utf-8"))["cells"]))
 
@@ -187,20 +182,14 @@ def run_notebook(
         return path
 
     try:
-        # An empty widget registry: with the usual one the client can wait for ever on a cell with widgets.
-        execute_notebook(
-            notebook.path, partial, values, kernel_name="python3", language="python", progress_bar=False,
-            widget_registry={}, execution_timeout=timeout, on_cell_start=cell_starts,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )  # fmt: skip
+        headless.execute(notebook.path, partial, values, timeout=timeout, on_cell_start=cell_starts)
     except BaseException as error:
         if partial.exists():
             page(f"{notebook.name}.failed")
             partial.rename(out / f"{notebook.name}.failed.ipynb")
         if not isinstance(error, Exception):
             raise
-        place = under_way[0] if under_way else "before the first cell"
-        raise NotebookError(f"{notebook.path.name}, {place}: {_what(error, timeout)}") from error
+        raise NotebookError(f"{notebook.path.name}, {_place(under_way)}: {_what(error, timeout)}") from error
     html = page(notebook.name)
     partial.rename(final)
     datasets = tuple(path for path, written in _datasets(out).items() if before.get(path) != written)
@@ -232,6 +221,15 @@ def _parameters(source: str, path: Path) -> dict[str, Parameter]:
             declared = eval(ast.unparse(annotation), {"__builtins__": {}}, _ANNOTATIONS)
         found[target.id] = Parameter(name=target.id, type=declared, default=default)
     return found
+
+
+def _place(cells: list) -> str:
+    """The last cell that began, by its number in the notebook's file and its first line."""
+    if not cells:
+        return "before the first cell"
+    given = [cell for cell in cells if "injected-parameters" in cell.metadata.get("tags", ())]
+    line = next(iter(cells[-1].source.strip().splitlines()), "")
+    return f"cell {len(cells) - len(given)} ({line})"
 
 
 def _what(error: Exception, timeout: int) -> str:
