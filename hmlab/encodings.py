@@ -166,14 +166,11 @@ def bpe(text: str, vocab_size: int | None) -> BPEEncoding:
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = level
     tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False
-    )
+    trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(_pieces(text), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise EncodingError(
-            f"vocab_size: expected at most {tokenizer.get_vocab_size()} for 'bpe' on so short a text, "
-            f"got {vocab_size}"
+            f"vocab_size: expected at most {tokenizer.get_vocab_size()} for 'bpe' on so short a text, got {vocab_size}"
         )
     return BPEEncoding(tokenizer.to_str())
 
@@ -203,9 +200,7 @@ def _checked(ids: Ids, vocab_size: int) -> np.ndarray:
         raise EncodingError(f"ids: expected integers [time], got {checked.dtype} {list(checked.shape)}")
     strange = np.flatnonzero((checked < 0) | (checked >= vocab_size))
     if strange.size:
-        raise EncodingError(
-            f"ids: expected 0 to {vocab_size - 1}, got {checked[strange[0]]} at position {strange[0]}"
-        )
+        raise EncodingError(f"ids: expected 0 to {vocab_size - 1}, got {checked[strange[0]]} at position {strange[0]}")
     return checked
 
 

@@ -81,11 +81,7 @@ url = "{url or self.server.url}"
     def files(self, folder: Path | None = None) -> dict[str, bytes]:
         """What lies in a folder of corpora, by path."""
         folder = folder or self.folder
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

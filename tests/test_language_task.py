@@ -88,7 +88,7 @@ def test_the_embedded_corpus_needs_nothing_else(monkeypatch):
 
 def test_bpe_is_trained_on_the_training_text(tmp_path):
     (tmp_path / "train.txt").write_text("abab cdcd " * 50)
-    (tmp_path / "valid.txt").write_text("xyxy " * 50)
+    (tmp_path / "valid.txt").write_text("xyxy " * 500)
     data = language.Config(corpus=str(tmp_path), encoding="bpe", vocab_size=258, context=4).open()
     assert data.vocab_size == 258
     assert len(data.tokens["train"]) < len(data.corpus.splits["train"])
@@ -122,9 +122,7 @@ def test_a_window_longer_than_the_split_is_refused_at_once(counted, tmp_path):
     batch = next(exact.batches("valid", generator()))
     assert torch.equal(batch.tokens[0], torch.arange(900, 949))
     longer = language.Config(corpus=str(path), batch=2, context=50).open()
-    with pytest.raises(
-        ValueError, match=r"context: expected less than the 50 tokens of split 'valid'.*got 50"
-    ):
+    with pytest.raises(ValueError, match=r"context: expected less than the 50 tokens of split 'valid'.*got 50"):
         longer.batches("valid", generator())
     with pytest.raises(ValueError, match="context: expected less than"):
         longer.evaluation_batches("valid", 1, seed=0)
@@ -144,7 +142,5 @@ def test_an_unknown_corpus_is_refused_when_opened():
 def test_a_batch_moves_with_its_labels():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     batch = Batch(ids, ids, ids.bool(), slices={"distance": torch.tensor([1, 2])}).to("meta")
-    assert {batch.tokens.device.type, batch.mask.device.type, batch.slices["distance"].device.type} == {
-        "meta"
-    }
+    assert {batch.tokens.device.type, batch.mask.device.type, batch.slices["distance"].device.type} == {"meta"}
     assert batch.reset is None

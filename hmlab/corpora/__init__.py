@@ -128,9 +128,7 @@ def present(name: str, *, data: str | Path | None = None) -> bool:
     return all(find(file, places(data)) for file in entry(name).files)
 
 
-def _found(
-    described: Entry, file: File, folders: list[Path], download: bool, progress: Progress | None
-) -> Path:
+def _found(described: Entry, file: File, folders: list[Path], download: bool, progress: Progress | None) -> Path:
     path = find(file, folders)
     if path is None and download:
         fetch(described, file, cache(), progress)
@@ -138,7 +136,7 @@ def _found(
     if path is None:
         raise CorpusError(
             f"corpus {described.name!r}: expected {file.path} or {file.path}.gz in one of "
-            f"{', '.join(map(str, folders))}, found neither; hmlab.corpora.download({described.name!r}) gets "
+            f"{', '.join(map(str, folders))}, found neither; `hmlab corpora download {described.name}` gets "
             f"it from {file.url}, or set HMLAB_DATA to a folder that has it"
         )
     return path
@@ -168,8 +166,7 @@ def _own(path: Path) -> Corpus:
     strange = sorted(texts.keys() - {f"{split}.txt" for split in SPLITS})
     if strange:
         raise CorpusError(
-            f"own text: expected only valid.txt and test.txt beside {path / 'train.txt'}, "
-            f"found {', '.join(strange)}"
+            f"own text: expected only valid.txt and test.txt beside {path / 'train.txt'}, found {', '.join(strange)}"
         )
     by_split = {split: texts[f"{split}.txt"] for split in SPLITS if f"{split}.txt" in texts}
     return _corpus(by_split, "by file", **facts)

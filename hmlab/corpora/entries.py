@@ -71,7 +71,6 @@ def entry(name: str) -> Entry:
 
 def _entry(name: str, fields: dict) -> Entry:
     files = tuple(
-        File(**{**file, "body": tuple(file["body"]) if "body" in file else None})
-        for file in fields.pop("files", ())
+        File(**{**file, "body": tuple(file["body"]) if "body" in file else None}) for file in fields.pop("files", ())
     )
     return Entry(name=name, files=files, shares=tuple(fields.pop("shares", ())), **fields)

@@ -53,7 +53,7 @@ def read(entry: Entry, file: File, path: Path) -> bytes:
             content = source.read(file.bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"corpus {entry.name!r}: {path} cannot be read: {error}") from error
-    advice = f"remove that file and get the right one with hmlab.corpora.download({entry.name!r})"
+    advice = f"remove that file and get the right one with `hmlab corpora download {entry.name}`"
     _check(entry, file, str(path), len(content), hashlib.sha256(content).hexdigest(), advice)
     return content
 

@@ -131,9 +131,7 @@ class LanguageData:
         return self.tokens[split]
 
 
-def _windows(
-    tokens: Int32[Tensor, "time"], batch: int, context: int, generator: torch.Generator
-) -> Iterator[Batch]:
+def _windows(tokens: Int32[Tensor, "time"], batch: int, context: int, generator: torch.Generator) -> Iterator[Batch]:
     every = tokens.unfold(0, context + 1, 1)
     while True:
         starts: Int64[Tensor, "batch"] = torch.randint(len(every), (batch,), generator=generator)
