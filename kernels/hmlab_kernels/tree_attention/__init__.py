@@ -53,6 +53,8 @@ def tree_attention(
         raise ValueError(f"nodes: expected own's dtype {own.dtype}, got {nodes.dtype}")
     if arity < 2:
         raise ValueError(f"arity: expected at least 2, got {arity}")
+    if own.shape[-1] > 1024:
+        raise ValueError(f"own: expected a head dim of at most 1024, got {own.shape[-1]}")
     impl = _dispatch.choose("tree_attention", impl, own.device.type, IMPLEMENTATIONS)
     scale = own.shape[-1] ** -0.5 if scale is None else scale
     # Half precision is read as such and summed in float32.

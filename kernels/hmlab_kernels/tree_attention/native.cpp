@@ -52,20 +52,53 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
+// Vectors of a head's size; with D known at compile time they stay in registers.
 template <typename T, int D>
-inline T dot(const T* a, const T* b, int64_t dim) {
-    const int64_t n = D ? D : dim;
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < n; ++d) sum += a[d] * b[d];
-    return sum;
-}
-
-template <typename T, int D>
-inline void axpy(T scale, const T* x, T* y, int64_t dim) {
-    const int64_t n = D ? D : dim;
+struct Head {
+    T at[D ? D : 1024];
+    int64_t runtime;
+    explicit Head(int64_t dim) : runtime(dim) {}
+    int64_t dim() const { return D ? D : runtime; }
+    Head& load(const T* x) {
 #pragma omp simd
-    for (int64_t d = 0; d < n; ++d) y[d] += scale * x[d];
+        for (int64_t d = 0; d < dim(); ++d) at[d] = x[d];
+        return *this;
+    }
+    Head& clear() {
+#pragma omp simd
+        for (int64_t d = 0; d < dim(); ++d) at[d] = 0;
+        return *this;
+    }
+    T dot(const T* x) const {
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < dim(); ++d) sum += at[d] * x[d];
+        return sum;
+    }
+    void add(T scale, const T* x) {
+#pragma omp simd
+        for (int64_t d = 0; d < dim(); ++d) at[d] += scale * x[d];
+    }
+    void add_to(T scale, T* y) const {
+#pragma omp simd
+        for (int64_t d = 0; d < dim(); ++d) y[d] += scale * at[d];
+    }
+    void store(T scale, T* y) const {
+#pragma omp simd
+        for (int64_t d = 0; d < dim(); ++d) y[d] = scale * at[d];
+    }
+};
+
+constexpr int64_t kLanes = 16;
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// x[j] = exp(x[j] * scale - offset) for j < n, in whole vectors: a position sees fewer nodes than a vector has lanes,
+// and a loop over a remainder would run one by one. What lies between n and padded(n) is overwritten.
+template <typename T>
+inline void exponentials(T* x, int64_t n, T scale, T offset) {
+    for (int64_t j = 0; j < padded(n); j += kLanes)
+#pragma omp simd
+        for (int64_t k = 0; k < kLanes; ++k) x[j + k] = exponential(scale * x[j + k] - offset);
 }
 
 // Counts completed nodes per level while positions go by.
@@ -98,73 +131,76 @@ std::vector<int64_t> completed_before(const Shape& s) {
     return before;
 }
 
-template <typename T, int D, typename Read>
+// Calls read(item, token, n, rows, index, two scratch arrays, scratch pointers) for every token: rows[0] is the
+// token's own query, key, value; rows[j] the query and value of the j-th visible node, index[j] its row number.
+template <typename T, typename Read>
 void for_each_position(const Shape& s, const T* own, const T* nodes, Read read) {
-    const int64_t width = s.heads * s.dim, most = s.nodes_per_position();
+    const int64_t width = s.heads * s.dim, most = s.nodes_per_position(), chunks = s.chunks();
     const std::vector<int64_t> before = completed_before(s);
 #pragma omp parallel
     {
-        std::vector<const T*> query(most), value(most);
-        std::vector<int64_t> row(most), index(s.levels);
+        std::vector<const T*> row(most);
+        std::vector<int64_t> index(most, -1);
+        std::vector<T> scratch(2 * padded(most), T(0));
+        std::vector<T*> pointers(most);
         Counter counter(s);
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t b = 0; b < s.batch; ++b)
-            for (int64_t c = 0; c < s.chunks(); ++c) {
-                const int64_t item = b * s.chunks() + c;
-                std::copy_n(before.begin() + item * s.levels, s.levels, counter.done.begin());
-                for (int64_t l = c * kChunk; l < std::min(s.time, (c + 1) * kChunk); ++l) {
-                    const int64_t t = s.position[b * s.time + l];
-                    counter.pass(t);
-                    int64_t n = 0;
-                    if (t) {
-                        const T* token = own + (b * s.time + l) * 3 * width;
-                        query[0] = token, value[0] = token + 2 * width, row[0] = -1, n = 1;
-                        for (int64_t i = 0; i < s.levels && t >= counter.power[i]; ++i) {
-                            const Level& level = s.level[i];
-                            index[i] = counter.done[i] + level.carry - 1;
-                            for (int64_t k = 0; k < level.slots; ++k, ++n) {
-                                row[n] = level.offset + level.batch * b + level.node * index[i] + level.slot * k;
-                                query[n] = nodes + row[n] * 2 * width;
-                                value[n] = query[n] + width;
-                            }
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < s.batch * chunks; ++item) {
+            const int64_t b = item / chunks, begin = item % chunks * kChunk;
+            std::copy_n(before.begin() + item * s.levels, s.levels, counter.done.begin());
+            for (int64_t l = begin; l < std::min(s.time, begin + kChunk); ++l) {
+                const int64_t t = s.position[b * s.time + l];
+                counter.pass(t);
+                int64_t n = 0;
+                if (t) {
+                    row[n++] = own + (b * s.time + l) * 3 * width;
+                    for (int64_t i = 0; i < s.levels && t >= counter.power[i]; ++i) {
+                        const Level& level = s.level[i];
+                        const int64_t node = counter.done[i] + level.carry - 1;
+                        for (int64_t k = 0; k < level.slots; ++k, ++n) {
+                            index[n] = level.offset + level.batch * b + level.node * node + level.slot * k;
+                            row[n] = nodes + index[n] * 2 * width;
                         }
                     }
-                    read(item, b * s.time + l, n, query.data(), value.data(), row.data());
                 }
+                read(item, b * s.time + l, n, row.data(), index.data(), scratch.data(), scratch.data() + padded(most),
+                     pointers.data());
             }
+        }
     }
 }
 
 template <typename T, int D>
 void forward(const Shape& s, const T* own, const T* nodes, T scale, T* out, T* lse) {
-    const int64_t width = s.heads * s.dim, H = s.heads, dim = s.dim;
-    for_each_position<T, D>(s, own, nodes, [&](int64_t, int64_t at, int64_t n, const T** query, const T** value,
-                                               const int64_t*) {
+    const int64_t width = s.heads * s.dim, H = s.heads, dim = D ? D : s.dim;
+    for_each_position<T>(s, own, nodes, [=](int64_t, int64_t at, int64_t n, const T* const* row, const int64_t*,
+                                            T* score, T*, T**) {
         T* y = out + at * width;
-        std::fill_n(y, width, T(0));
         if (!n) {
+            std::fill_n(y, width, T(0));
             std::fill_n(lse + at * H, H, -std::numeric_limits<T>::infinity());
             return;
         }
-        static thread_local std::vector<T> score;
-        score.resize(n);
-        const T* key = own + at * 3 * width + width;
+        Head<T, D> key(dim), sum(dim);
         for (int64_t h = 0; h < H; ++h) {
             const int64_t o = h * dim;
-            T top = -std::numeric_limits<T>::infinity();
-            for (int64_t j = 0; j < n; ++j) {
-                score[j] = scale * dot<T, D>(query[j] + o, key + o, dim);
+            key.load(own + at * 3 * width + width + o);
+            // The own token's value lies two widths behind its query, a node's one.
+            score[0] = scale * key.dot(row[0] + o);
+            T top = score[0];
+            for (int64_t j = 1; j < n; ++j) {
+                score[j] = scale * key.dot(row[j] + o);
                 top = std::max(top, score[j]);
             }
-            T sum = 0;
-            T* p = score.data();
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < n; ++j) {
-                p[j] = exponential(p[j] - top);
-                sum += p[j];
+            exponentials(score, n, T(1), top);
+            T total = score[0];
+            sum.clear().add(score[0], row[0] + 2 * width + o);
+            for (int64_t j = 1; j < n; ++j) {
+                total += score[j];
+                sum.add(score[j], row[j] + width + o);
             }
-            for (int64_t j = 0; j < n; ++j) axpy<T, D>(p[j] / sum, value[j] + o, y + o, dim);
-            lse[at * H + h] = top + std::log(sum);
+            sum.store(1 / total, y + o);
+            lse[at * H + h] = top + std::log(total);
         }
     });
 }
@@ -172,45 +208,58 @@ void forward(const Shape& s, const T* own, const T* nodes, T scale, T* out, T* l
 template <typename T, int D>
 void backward(const Shape& s, const T* own, const T* nodes, T scale, const T* out, const T* lse, const T* grad_out,
               const T* grad_lse, T* grad_own, T* grad_nodes) {
-    const int64_t width = s.heads * s.dim, H = s.heads, dim = s.dim, most = s.nodes_per_position();
+    const int64_t width = s.heads * s.dim, H = s.heads, dim = D ? D : s.dim, most = s.nodes_per_position();
     const int64_t items = s.batch * s.chunks();
     // The first node of each level and slot that a chunk reads: its row, and its gradient so far.
     std::vector<int64_t> shared_row(items * most, -1);
     std::vector<T> shared(items * most * 2 * width, T(0));
-    for_each_position<T, D>(s, own, nodes, [&](int64_t item, int64_t at, int64_t n, const T** query, const T** value,
-                                               const int64_t* row) {
+    int64_t* first = shared_row.data();
+    T* apart = shared.data();
+    for_each_position<T>(s, own, nodes, [=](int64_t item, int64_t at, int64_t n, const T* const* row,
+                                            const int64_t* index, T* p, T* ds, T** target) {
         T* d_own = grad_own + at * 3 * width;
-        std::fill_n(d_own, 3 * width, T(0));
-        if (!n) return;
-        static thread_local std::vector<T*> target;
-        target.resize(n);
-        target[0] = nullptr;
-        for (int64_t j = 1; j < n; ++j) {
-            int64_t& first = shared_row[item * most + j];
-            if (first < 0) first = row[j];
-            target[j] = first == row[j] ? shared.data() + (item * most + j) * 2 * width
-                                        : grad_nodes + row[j] * 2 * width;
+        if (!n) {
+            std::fill_n(d_own, 3 * width, T(0));
+            return;
         }
-        const T *key = own + at * 3 * width + width, *g = grad_out + at * width, *y = out + at * width;
+        for (int64_t j = 1; j < n; ++j) {
+            const int64_t k = item * most + j;
+            if (first[k] < 0) first[k] = index[j];
+            target[j] = first[k] == index[j] ? apart + k * 2 * width : grad_nodes + index[j] * 2 * width;
+        }
+        Head<T, D> key(dim), g(dim), d_key(dim);
         for (int64_t h = 0; h < H; ++h) {
             const int64_t o = h * dim;
-            const T delta = dot<T, D>(g + o, y + o, dim) - grad_lse[at * H + h], offset = lse[at * H + h];
-            for (int64_t j = 0; j < n; ++j) {
-                const T p = exponential(scale * dot<T, D>(query[j] + o, key + o, dim) - offset);
-                const T ds = scale * p * (dot<T, D>(g + o, value[j] + o, dim) - delta);
-                axpy<T, D>(ds, query[j] + o, d_own + width + o, dim);
-                T* dq = j ? target[j] : d_own;
-                T* dv = j ? target[j] + width : d_own + 2 * width;
-                axpy<T, D>(ds, key + o, dq + o, dim);
-                axpy<T, D>(p, g + o, dv + o, dim);
+            key.load(own + at * 3 * width + width + o);
+            g.load(grad_out + at * width + o);
+            const T delta = g.dot(out + at * width + o) - grad_lse[at * H + h], offset = lse[at * H + h];
+            p[0] = key.dot(row[0] + o);
+            ds[0] = g.dot(row[0] + 2 * width + o);
+            for (int64_t j = 1; j < n; ++j) {
+                p[j] = key.dot(row[j] + o);
+                ds[j] = g.dot(row[j] + width + o);
             }
+            exponentials(p, n, scale, offset);
+            for (int64_t j = 0; j < padded(n); j += kLanes)
+#pragma omp simd
+                for (int64_t k = 0; k < kLanes; ++k) ds[j + k] = scale * p[j + k] * (ds[j + k] - delta);
+            d_key.clear().add(ds[0], row[0] + o);
+            key.store(ds[0], d_own + o);
+            g.store(p[0], d_own + 2 * width + o);
+            for (int64_t j = 1; j < n; ++j) {
+                d_key.add(ds[j], row[j] + o);
+                key.add_to(ds[j], target[j] + o);
+                g.add_to(p[j], target[j] + width + o);
+            }
+            d_key.store(1, d_own + width + o);
         }
     });
 #pragma omp parallel for
     for (int64_t b = 0; b < s.batch; ++b)
         for (int64_t k = b * s.chunks() * most; k < (b + 1) * s.chunks() * most; ++k)
-            if (shared_row[k] >= 0)
-                axpy<T, 0>(T(1), shared.data() + k * 2 * width, grad_nodes + shared_row[k] * 2 * width, 2 * width);
+            if (first[k] >= 0)
+                for (int64_t d = 0; d < 2 * width; ++d)
+                    grad_nodes[first[k] * 2 * width + d] += apart[k * 2 * width + d];
 }
 
 template <typename T, typename F>

@@ -1,0 +1,97 @@
+"""What `hmlab bench` measures: layers beside what their authors, or anybody else, would run instead.
+
+`SUITES` maps a name to a function that returns cases; `run` measures them into one Dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from hmlab_kernels.bench import Case, measure
+from torch import Tensor
+
+from hmlab import model
+from hmlab.memories import lmn
+from hmlab.memories.lmn.authors import published_forward
+from hmlab.registry import UnknownName, memory_config
+
+
+def lmn_forward(lengths: Sequence[int] = (2048, 8192, 32768, 131072), dim: int = 32) -> list[Case]:
+    """One LMN layer with its feed-forward, batch 1, one head, one bank: ours, the authors' formulation, attention."""
+    cases = []
+    for length in lengths:
+        block = _block(lmn.Config(dim=dim, heads=1, banks=1))
+        rival = _block(memory_config("attention")(dim=dim, heads=1))
+        x = torch.randn(1, length, dim)
+        runs: dict[str, Callable] = {
+            "hmlab": _no_grad(lambda b=block, x=x: b(x, None)),
+            "authors": _no_grad(lambda b=block, x=x: _published(b, x)),
+        }
+        if length <= 32768:  # quadratic: 16 times longer per line
+            runs["attention"] = _no_grad(lambda b=rival, x=x: b(x, None))
+        cases.append(Case(f"lmn forward, L {length}, E {dim}", runs, *_floor(length, length, dim, banks=1)))
+    return cases
+
+
+def lmn_training(dims: Sequence[int] = (32, 128), batch: int = 16, length: int = 512) -> list[Case]:
+    """Forward and backward of one LMN layer with its feed-forward, four heads, two banks."""
+    cases = []
+    for dim in dims:
+        block = _block(lmn.Config(dim=dim))
+        rival = _block(memory_config("attention")(dim=dim))
+        x = torch.randn(batch, length, dim, requires_grad=True)
+        runs = {
+            "hmlab": lambda b=block, x=x: _train(b, b(x, None)[0]),
+            "authors": lambda b=block, x=x: _train(b, _published(b, x)),
+            "attention": lambda b=rival, x=x: _train(b, b(x, None)[0]),
+        }
+        bytes_, flops = _floor(batch * length, length, dim, banks=2)
+        cases.append(Case(f"lmn training step, batch {batch}, L {length}, E {dim}", runs, 3 * bytes_, 3 * flops))
+    return cases
+
+
+SUITES: dict[str, Callable[[], list[Case]]] = {"lmn-forward": lmn_forward, "lmn-training": lmn_training}
+
+
+def run(suites: Sequence[str] = (), *, seconds: float = 2.0, progress: Callable[[str], None] = lambda _: None):
+    """Measure suites by name (all if none is named) into a Dataset of dims case, candidate, repeat."""
+    for name in suites:
+        if name not in SUITES:
+            raise UnknownName("benchmark", name, SUITES)
+    torch.manual_seed(0)
+    cases = [case for name in suites or SUITES for case in SUITES[name]()]
+    return measure(cases, seconds=seconds, progress=progress)
+
+
+def _block(memory) -> model.Block:
+    return model.Block(model.Config(vocab=1, dim=memory.dim, memory=memory))
+
+
+def _published(block: model.Block, x: Tensor) -> Tensor:
+    x = x + published_forward(block.memory, block.norm1(x))
+    return x + block.feedforward(block.norm2(x))
+
+
+def _train(block: model.Block, y: Tensor) -> None:
+    block.zero_grad()
+    y.square().mean().backward()
+
+
+def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def _floor(tokens: int, length: int, dim: int, *, banks: int) -> tuple[float, float]:
+    """Bytes (input, output, weights once, queries and values of nodes once) and flops of a layer's forward pass."""
+    nodes = banks * tokens  # a bank has one node fewer than there are tokens
+    levels = length.bit_length() - 1
+    summarise, project_nodes, project = nodes * 2 * dim * dim, nodes * 2 * dim * dim, tokens * 4 * dim * dim
+    feedforward, read = tokens * 8 * dim * dim, tokens * 2 * dim * (1 + banks * levels)
+    flops = 2 * (summarise + project_nodes + project + feedforward + read)
+    moved = 4 * (2 * tokens * dim + 3 * tokens * dim + 2 * nodes * dim)
+    return moved, flops
