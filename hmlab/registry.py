@@ -27,8 +27,7 @@ _BUILT_IN = {
     "strided": "hmlab.memories.strided:Config",
     "linear-attention": "hmlab.memories.linear_attention:Config",
     "transformer-xl": "hmlab.memories.transformer_xl:Config",
-    "gru": "hmlab.memories.recurrent:GRUConfig",
-    "lstm": "hmlab.memories.recurrent:LSTMConfig",
+    "recurrent": "hmlab.memories.recurrent:Config",
     "gated-linear": "hmlab.memories.gated_linear:Config",
 }
 
@@ -102,8 +101,16 @@ PRESETS: dict[str, Preset] = {
         memory_fields={"rotary": False, "scale": "dim", "qkv_bias": False},
     ),
     "transformer": Preset(
-        summary="A fair baseline: full attention with rotary positions and scores scaled by head_dim^-0.5",
-        memory="attention", model_fields={}, memory_fields={},
+        summary="A fair baseline with LogMem's parameters: rotary positions, scores scaled by head_dim^-0.5, gated FFN",
+        memory="attention", model_fields={"ffn": "gated"}, memory_fields={},
+    ),
+    "gru": Preset(
+        summary="Gated recurrent units in the place of attention",
+        memory="recurrent", model_fields={}, memory_fields={"cell": "gru"},
+    ),
+    "lstm": Preset(
+        summary="Long short-term memory in the place of attention",
+        memory="recurrent", model_fields={}, memory_fields={"cell": "lstm"},
     ),
 }  # fmt: skip
 
