@@ -142,6 +142,15 @@ def test_a_run_leaves_the_executed_copy_a_page_and_the_results(tmp_path):
     assert again.datasets == ()
 
 
+def test_a_page_is_drawn_in_a_browser_without_any_other_host(tmp_path, page):
+    done = run_notebook(notebook(tmp_path / "n.ipynb", FIGURE), {}, tmp_path / "out")
+    page.goto(done.html.as_uri())
+    page.get_by_text("the-curve").or_(page.locator(".js-plotly-plot .scatterlayer path.js-line")).first.wait_for()
+    fraction = page.locator("math mfrac").bounding_box()
+    letter = page.locator("math mfrac mi").first.bounding_box()
+    assert fraction["height"] > 1.5 * letter["height"]
+
+
 def test_a_failing_cell_is_named_and_leaves_nothing_that_looks_finished(tmp_path):
     out = tmp_path / "out"
     path = notebook(tmp_path / "n.ipynb", FIGURE, CHECK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -28,7 +29,7 @@ def list_all(json: Json = False) -> None:
         return
     for title, rows in everything.items():
         columns = list(rows[0]) if rows else ["none"]
-        print_table(columns, [_short(row).values() for row in rows], title=title.capitalize())
+        print_table(columns, [list(_short(row).values()) for row in rows], title=title.capitalize())
         print()
 
 
@@ -88,20 +89,18 @@ def _short(row: dict) -> dict:
     return {**row, "about": about} if about else row
 
 
-def _first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().partition("\n")[0]
-
-
 def _memories() -> list[dict]:
-    import sys
-
     from hmlab import registry
 
-    # A Config's module says what the memory is.
-    return [
-        {"name": name, "about": _first_line(sys.modules[config.__module__])}
-        for name, config in registry.memory_configs().items()
-    ]
+    return [{"name": name, "about": _about(config)} for name, config in registry.memory_configs().items()]
+
+
+def _about(config: type) -> str:
+    """The first line of the module that a memory's Config is taken from: its own, or the package that shows it."""
+    own = sys.modules[config.__module__]
+    package = sys.modules.get(config.__module__.rpartition(".")[0])
+    shown = package if getattr(package, config.__name__, None) is config else own
+    return (shown.__doc__ or "").strip().partition("\n")[0]
 
 
 def _presets() -> list[dict]:

@@ -37,6 +37,7 @@ def check(
     ],
     dim: Annotated[int, typer.Option(help="Width.")] = 16,
     settings: Settings = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(metavar="POINT", help="Only this point of the contract; repeatable.")] = [],  # noqa: B006
     compile: Annotated[bool, typer.Option(help="Also through torch.compile.")] = True,
     allow_rnn: Annotated[bool, typer.Option(help="Let torch.compile take nn.GRU and its kind.")] = False,
     json: Json = False,
@@ -44,13 +45,16 @@ def check(
     """Prove that a memory keeps every point of the contract."""
     from dataclasses import asdict
 
-    from hmlab.testing import ContractViolation, check_memory
+    from hmlab.testing import POINTS, ContractViolation, check_memory
 
+    for point in only:
+        if point not in POINTS:
+            raise UnknownName("point of the contract", point, POINTS)
     config_class = _config_class(memory)
     with user_values():
         config = config_class(dim=dim, **parse_fields(config_class, pairs(settings, "--set")))
     try:
-        report = check_memory(config.build, compile=compile, allow_rnn=allow_rnn)
+        report = check_memory(config.build, only=only or None, compile=compile, allow_rnn=allow_rnn)
     except ContractViolation as violation:
         raise Refusal(str(violation), status=1) from violation
     if json:

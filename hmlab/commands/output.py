@@ -43,13 +43,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", header_style="dim")
     for row in rows:
         table.add_row(*(Text(cell(value), justify=_side(value)) for value in row))
     # Into a file or a pipe a table would be folded to 80 columns, for nobody's benefit.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if title is not None:
+        console.print(title, style="bold")
+    console.print(table)
 
 
 def cell(value: Any) -> str:
