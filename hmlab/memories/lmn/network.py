@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hmlab_kernels.tree_attention import Level, attention_weights, tree_attention
+from hmlab_kernels.tree_attention import attention_weights, tree_attention
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hmlab.memory import Memory, document_positions
-from hmlab.record import call_start, observe, recording_is_on
+from hmlab.record import call_start, observe
 
 from .summarizer import Mixing, Summarizer
 from .tree import Table, Tree, depth, rows
 
+_NO_ROOM = "state: compiled calls need room in it, call memory.reserve(state, tokens) first"
 
 class State(NamedTuple):
     """position: tokens consumed in the current document `[batch]`. own: the last kernel − 1 inputs
@@ -113,22 +115,22 @@ class LogarithmicMemory(Memory):
         y = self.out_proj(read.flatten(2))
         if valid is not None:
             y = y * valid[..., None]
-        self._observe(own, nodes, tree, places)
-
+        self._observe(
+            lambda: attention_weights(own, nodes, tree.position, places, arity=self.config.arity), tree.position, levels
+        )
         kept = [tree.kept(table, level, end, carry) for level, table in enumerate(tables[: kept_levels + 1])]
-        return y, State(end, kept[0][0], _stacked(kept[1:], kept[0][0]))
+        return y, _state(end, kept)
 
     def step(self, x, state, *, tokens=None):
-        if recording_is_on("attention"):
-            return super().step(x, state, tokens=tokens)
+        self.check_input(x[:, None])
         arity, keep = self.config.arity, self.kernel - 1
         position = state.position + 1
         tables = self._carried(state)
         if torch.compiler.is_compiling():
-            levels = completing = len(tables) - 1
-            torch._assert_async((position < arity ** (levels + 1)).all(), "state: reserve() room before compiled steps")
+            completing = len(tables) - 1
+            torch._assert_async((position < arity ** (completing + 1)).all(), _NO_ROOM)
         else:
-            completing, levels = self._completing(position)
+            completing = self._completing(position)
         # A level completes only where the one below it does, from its kernel - 1 youngest nodes and the new one.
         new = x[None, :, None]
         updated = [torch.cat([tables[0], new], 2)[:, :, 1:]]
@@ -142,16 +144,20 @@ class LogarithmicMemory(Memory):
             done = (position % arity**level == 0)[:, None, None]
             updated.append(torch.where(done, torch.cat([old, new], 2)[:, :, 1:], old))
         tables = updated + tables[completing + 1 :]
+        levels = len(tables) - 1
 
         flat = torch.cat([table[:, :, -1] for table in tables[1:]]) if levels else x.new_empty(0, *x.shape)
         own, nodes = self._project(x[:, None], flat.transpose(0, 1))
         seen = [position >= arity**level for level in range(1, levels + 1) for _ in range(self.slots(level))]
-        mask = torch.stack([torch.ones_like(position, dtype=torch.bool), *seen], 1)[:, None, None]
+        mask = torch.stack([position > 0, *seen], 1)[:, None, None]
         # One query, the token's key, against the queries of the nodes: the roles are swapped, the sum is the same.
         query = torch.cat([own[:, :, 0], nodes[:, :, 0]], 1).transpose(1, 2)
         value = torch.cat([own[:, :, 2], nodes[:, :, 1]], 1).transpose(1, 2)
         read = F.scaled_dot_product_attention(own[:, :, 1].transpose(1, 2), query, value, attn_mask=mask)
-        return self.out_proj(read.flatten(1)), State(position, tables[0][0], _stacked(tables[1:], tables[0][0]))
+        self._observe(
+            lambda: _weights(own[:, 0, 1], query, mask[:, 0, 0])[:, None], position[:, None], levels
+        )
+        return self.out_proj(read.flatten(1)), _state(position, tables)
 
     def _plan(self, x: Tensor, state: State | None, reset: Tensor | None, valid: Tensor | None):
         """The tree of this call, its levels, the positions after it, and the levels the new state keeps."""
@@ -169,22 +175,19 @@ class LogarithmicMemory(Memory):
             levels = kept = depth(start + time, arity)
         elif torch.compiler.is_compiling():  # the counter cannot be read: the state's room is all there is
             levels = kept = max(depth(time, arity), 0 if state is None else len(self._carried(state)) - 1)
-            torch._assert_async((position < arity ** (levels + 1)).all(), "state: reserve() room before compiled calls")
+            torch._assert_async((position < arity ** (levels + 1)).all(), _NO_ROOM)
         else:
             last = int(end.amax()) if batch else 0
             levels, kept = depth(max(int(position.amax()) if batch else 0, last), arity), depth(last, arity)
         return Tree(arity, self.kernel, position, start), levels, end, kept
 
-    def _completing(self, position: Tensor) -> tuple[int, int]:
-        """Highest level that any row completes at its position, and levels that the deepest row has."""
-        completing = deepest = 0
+    def _completing(self, position: Tensor) -> int:
+        """Highest level that any row completes at its position."""
+        completing = 0
         for t in set(position.tolist()):
-            deepest = max(deepest, depth(t, self.config.arity))
-            level = 0
-            while t % self.config.arity ** (level + 1) == 0:
-                level += 1
-            completing = max(completing, level)
-        return completing, deepest
+            while t % self.config.arity ** (completing + 1) == 0:
+                completing += 1
+        return completing
 
     def _carried(self, state: State) -> list[Table]:
         """The state's nodes by level: `[slots, batch, kernel - 1, dim]`, level 0 first."""
@@ -203,29 +206,36 @@ class LogarithmicMemory(Memory):
         nodes = F.linear(flat, torch.cat([weight[:E], weight[2 * E :]]), torch.cat([bias[:E], bias[2 * E :]]))
         return own, nodes.unflatten(-1, (2, H, -1))
 
-    def _observe(self, own: Tensor, nodes: Tensor, tree: Tree, places: list[Level]) -> None:
+    def _observe(self, weights: Callable[[], Tensor], position: Tensor, levels: int) -> None:
         dims, arity = ("batch", "time", "node"), self.config.arity
-        labels = [(0, 0)] + [(i + 1, k % self.config.banks) for i, p in enumerate(places) for k in range(p.slots)]
+        labels = [(i, k % self.config.banks) for i in range(levels + 1) for k in range(self.slots(i))]
         coords = {"level": ("node", [i for i, _ in labels]), "bank": ("node", [k for _, k in labels])}
 
         def span(edge: int) -> Tensor:
             # A document's tokens are consecutive in the stream where padding does not part them.
-            time = call_start() + torch.arange(tree.position.shape[1], device=own.device)
+            time = call_start() + torch.arange(position.shape[1], device=position.device)
             spans = []
             for level, _ in labels:
                 size = arity**level
-                last = time - tree.position % size + 1  # the end of the last complete node
-                sees = (tree.position >= size) & (tree.position > 0)
+                last = time - position % size + 1  # the end of the last complete node
+                sees = (position >= size) & (position > 0)
                 spans.append(torch.where(sees, last - size if edge == 0 else last, -1))
             return torch.stack(spans, -1)
 
-        observe("attention", lambda: attention_weights(own, nodes, tree.position, places, arity=arity),
-                ("batch", "time", "heads", "node"), coords=coords)
+        observe("attention", weights, ("batch", "time", "heads", "node"), coords=coords)
         observe("span_start", lambda: span(0), dims, coords=coords)
         observe("span_end", lambda: span(1), dims, coords=coords)
 
 
-def _stacked(tables: list[Table], like: Tensor) -> Float[Tensor, "batch _nodes dim"]:
-    """The reverse of `_carried` for level 1 and above."""
-    flat = [table.permute(1, 2, 0, 3).flatten(1, 2) for table in tables]
-    return torch.cat(flat, 1) if flat else like.new_empty(like.shape[0], 0, like.shape[-1])
+def _state(position: Tensor, kept: list[Table]) -> State:
+    """The reverse of `_carried`. Copies, so that the state holds no storage larger than itself."""
+    own = kept[0][0].clone()
+    flat = [table.permute(1, 2, 0, 3).flatten(1, 2) for table in kept[1:]]
+    return State(position.clone(), own, torch.cat(flat, 1) if flat else own.new_empty(len(own), 0, own.shape[-1]))
+
+
+def _weights(
+    key: Float[Tensor, "batch heads dim"], query: Float[Tensor, "batch heads node dim"], mask: Tensor
+) -> Float[Tensor, "batch heads node"]:
+    score = (query * key[:, :, None]).sum(-1).float() * key.shape[-1] ** -0.5
+    return score.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
