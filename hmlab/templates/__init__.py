@@ -1,0 +1,1 @@
+"""Files to copy: each is a complete, working part."""
