@@ -136,9 +136,6 @@ class LogarithmicMemory(Memory):
         updated = [torch.cat([tables[0], new], 2)[:, :, 1:]]
         for level in range(1, completing + 1):
             children = torch.cat([tables[level - 1], new], 2)
-            if self.kernel > arity:
-                age = torch.arange(keep, -1, -1, device=x.device)
-                children = children * (age < (position // arity ** (level - 1))[:, None])[..., None]
             new = self.summarizer(children[:, :, None].to(x.dtype))
             old = tables[level] if level < len(tables) else new.new_zeros(*new.shape[:2], keep, self.dim)
             done = (position % arity**level == 0)[:, None, None]
@@ -197,6 +194,10 @@ class LogarithmicMemory(Memory):
             table = state.nodes[:, at : at + size].unflatten(1, (self.kernel - 1, self.slots(level)))
             carried.append(table.permute(2, 0, 1, 3))
             at, level = at + size, level + 1
+        if self.kernel > self.config.arity:  # only overlapping kernels read places that no node has filled yet
+            age = torch.arange(self.kernel - 2, -1, -1, device=state.own.device)
+            held = [state.position // self.config.arity**level for level in range(len(carried))]
+            carried = [t * (age < n[:, None])[..., None] for t, n in zip(carried, held, strict=True)]
         return carried
 
     def _project(self, x: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:

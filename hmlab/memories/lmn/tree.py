@@ -41,7 +41,7 @@ class Tree:
         """Tables of level 0 .. `levels`. carried: the last kernel − 1 nodes of each level so far, None at first."""
         carry = self.carry(carried)
         if self.start is None:  # padding keeps no place among the tokens
-            order = (self.position == 0).long().argsort(1, stable=True)
+            order = (self.position == 0).long().argsort(dim=1, stable=True)
             x = x.gather(1, order[..., None].expand_as(x))
         tables = [_joined(carried, 0, x[None], carry)]
         for level in range(1, levels + 1):
