@@ -1,0 +1,229 @@
+"""Figures from Datasets: of a recording (`hmlab.record`), of a run's metrics (`hmlab.runs`), of a benchmark.
+
+A function reads labelled arrays and returns a plotly figure; what a model is called or made of it does not know.
+Axis titles come from the arrays' `long_name` and `units`. Colours are told apart by people who see few (Okabe and
+Ito for lines, cividis for amounts), and lines differ in dash as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.colors import sample_colorscale
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+AMOUNT = "Cividis"
+_THEMES = {"light": ("#1f2933", "#ffffff", "#e4e7eb"), "dark": ("#e4e7eb", "#15191e", "#323f4b")}
+
+
+def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
+    """Give a figure the look of all others, light or dark."""
+    if theme not in _THEMES:
+        raise ValueError(f"theme: expected one of {list(_THEMES)}, got {theme!r}")
+    ink, paper, rule = _THEMES[theme]
+    axis = {"gridcolor": rule, "zeroline": False, "linecolor": rule, "ticks": "outside", "tickcolor": rule}
+    figure.update_layout(
+        font={"color": ink, "size": 13, "family": "Inter, Segoe UI, Helvetica, Arial, sans-serif"}, colorway=COLOURS,
+        paper_bgcolor=paper, plot_bgcolor=paper, title={"x": 0, "xref": "paper", "font": {"size": 15}},
+        margin={"l": 64, "r": 16, "t": 48, "b": 52},
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        hoverlabel={"font": {"family": "ui-monospace, Menlo, Consolas, monospace"}},
+    )  # fmt: skip
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure
+
+
+def losses(metrics: xr.Dataset, *, x: str = "step", title: str = "Loss", theme: str = "light") -> go.Figure:
+    """Losses of one run (dims step) or several (dims run, step): every batch smoothed, and each evaluation.
+
+    x: `step`, or a variable of the same dims: `tokens`, `elapsed`.
+    """
+    figure = go.Figure()
+    for number, (name, run) in enumerate(_runs(metrics)):
+        colour = COLOURS[number % len(COLOURS)]
+        along = run[x].values
+        batch = run["loss"].values
+        group = {"legendgroup": name, "line": {"color": colour}, "x": along}
+        figure.add_scatter(**group | {"line": {"color": colour, "width": 1}}, y=_smooth(batch), opacity=0.55,
+                           name=f"{name} training batches".strip(), mode="lines")  # fmt: skip
+        for split, dash in (("train_loss", "dot"), ("valid_loss", "solid")):
+            at = np.flatnonzero(np.isfinite(run[split].values))
+            if len(at):
+                label = f"{name} {split.removesuffix('_loss')}".strip()
+                figure.add_scatter(x=along[at], y=run[split].values[at], name=label, legendgroup=name,
+                                   mode="lines+markers", line={"color": colour, "dash": dash, "width": 2})  # fmt: skip
+    figure.update_layout(title=title, xaxis_title=axis_title(metrics[x]), yaxis_title="loss [nats/token]")
+    return themed(figure, theme)
+
+
+def metric(metrics: xr.Dataset, name: str, *, x: str = "step", title: str = "", theme: str = "light") -> go.Figure:
+    """One variable of one run or several."""
+    if name not in metrics:
+        raise ValueError(f"name: expected one of {sorted(map(str, metrics.data_vars))}, got {name!r}")
+    figure = go.Figure()
+    for number, (label, run) in enumerate(_runs(metrics)):
+        style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)], "width": 1.5}
+        figure.add_scatter(x=run[x].values, y=run[name].values, name=label or name, mode="lines", line=style)
+    figure.update_layout(title=title or axis_title(metrics[name]).split(" [")[0].capitalize(),
+                         xaxis_title=axis_title(metrics[x]), yaxis_title=axis_title(metrics[name]))  # fmt: skip
+    return themed(figure, theme)
+
+
+def attention_levels(recording: xr.Dataset, *, layer: int = 0, head: int | None = None, batch: int = 0,
+                     title: str = "Attention over levels", theme: str = "light") -> go.Figure:
+    """Heat map of the share of attention that each level receives at each position (head None: their mean)."""
+    share = level_share(recording, layer=layer, head=head, batch=batch)
+    figure = go.Figure(go.Heatmap(
+        x=share["time"].values, y=share["level"].values, z=share.transpose("level", "time").values, zmin=0, zmax=1,
+        colorscale=AMOUNT, colorbar={"title": "share"},
+        hovertemplate="position %{x}<br>level %{y}<br>share %{z:.3f}<extra></extra>",
+    ))  # fmt: skip
+    figure.update_layout(title=title, xaxis_title=axis_title(recording["time"]), yaxis_title="level")
+    figure.update_yaxes(dtick=1)
+    return themed(figure, theme)
+
+
+def level_share(recording: xr.Dataset, *, layer: int = 0, head: int | None = None, batch: int = 0) -> xr.DataArray:
+    """Attention per position and level, the nodes of a level added: dims time, level."""
+    weights = _weights(recording, layer, head, batch)
+    if "node" not in weights.dims:
+        raise ValueError("recording: expected attention over nodes (dim 'node'), got dims " + str(weights.dims))
+    return weights.fillna(0).groupby("level").sum("node")
+
+
+def tree(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None = None, batch: int = 0,
+         pieces: Sequence[str] | None = None, title: str | None = None, theme: str = "light") -> go.Figure:
+    """What a position reads: each visible node as the span of tokens that it summarises, at its level.
+
+    time: position, as on the recording's time axis. pieces: the text of each position, for hovering. Colour and
+    width tell the weight that the head gives to the node.
+    """
+    weights = _weights(recording, layer, head, batch).sel(time=time)
+    spans = recording[["span_start", "span_end"]].sel(layer=layer, time=time).isel(batch=batch)
+    starts, ends = spans["span_start"].values.astype(int), spans["span_end"].values.astype(int)
+    seen = [n for n in range(len(starts)) if ends[n] > 0]
+    levels, banks = recording["level"].values, recording["bank"].values
+    weight = np.nan_to_num(weights.values)
+    most = max(float(weight[seen].max()), 1e-9)
+    figure = go.Figure()
+    for n in seen:
+        share = weight[n] / most
+        height = levels[n] + 0.16 * banks[n]
+        left, right = starts[n] - 0.5, ends[n] - 0.5
+        text = _quoted("".join(pieces[starts[n] : ends[n]])) if pieces is not None else ""
+        told = (f"level {levels[n]}, bank {banks[n]}<br>tokens {starts[n]} to {ends[n] - 1}<br>"
+                f"weight {weight[n]:.3f}<br>{text}")  # fmt: skip
+        colour = sample_colorscale(AMOUNT, [share])[0]
+        figure.add_scatter(
+            x=[left, left, right, right], y=[height - 0.12, height, height, height - 0.12], mode="lines",
+            line={"color": colour, "width": 2 + 8 * share}, hoverinfo="text", text=[told] * 4, showlegend=False,
+            customdata=[[int(starts[n]), int(ends[n])]] * 4, name=f"level {levels[n]} bank {banks[n]}",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[time], y=[0], mode="markers", showlegend=False, hoverinfo="skip",
+        marker={"symbol": "diamond", "size": 11, "color": [0], "cmin": 0, "cmax": most, "colorscale": AMOUNT,
+                "colorbar": {"title": "weight"}, "line": {"width": 1, "color": _THEMES[theme][0]}},
+    )  # fmt: skip
+    where = f"layer {layer}, " + ("mean of heads" if head is None else f"head {head}")
+    figure.update_layout(title=title or f"What position {time} reads ({where})", yaxis_title="level",
+                         xaxis_title=axis_title(recording["time"]))  # fmt: skip
+    figure.update_xaxes(range=[-1, max(time + 1, 8)])
+    figure.update_yaxes(dtick=1, range=[-0.5, max(int(levels[seen].max()), 1) + 0.6])
+    return themed(figure, theme)
+
+
+def received(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None = None, batch: int = 0,
+             title: str | None = None, pieces: Sequence[str] | None = None, theme: str = "light") -> go.Figure:
+    """The attention that each past token receives at a position; a summary's weight is shared by its tokens."""
+    share = token_share(recording, time, layer=layer, head=head, batch=batch)
+    shown = [_quoted(piece) for piece in pieces[: len(share)]] if pieces is not None else None
+    figure = go.Figure(go.Bar(x=np.arange(len(share)), y=share, customdata=shown, marker_color=COLOURS[0],
+                              hovertemplate="token %{x} %{customdata}<br>%{y:.4f}<extra></extra>"))  # fmt: skip
+    figure.update_layout(title=title or f"Attention that each token receives at position {time}", bargap=0,
+                         xaxis_title=axis_title(recording["time"]), yaxis_title="weight per token")  # fmt: skip
+    figure.update_yaxes(type="log")
+    return themed(figure, theme)
+
+
+def token_share(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None = None, batch: int = 0
+                ) -> np.ndarray:
+    """Attention per token 0 .. time; sums to one where all that is read summarises tokens of the recording."""
+    weights = _weights(recording, layer, head, batch).sel(time=time).fillna(0)
+    if "key" in weights.dims:
+        return weights.values[: time + 1]
+    spans = recording[["span_start", "span_end"]].sel(layer=layer, time=time).isel(batch=batch)
+    share = np.zeros(time + 1)
+    for weight, start, end in zip(weights.values, spans["span_start"].values, spans["span_end"].values, strict=True):
+        if end > 0:
+            share[max(int(start), 0) : int(end)] += weight / (end - start)
+    return share
+
+
+def next_tokens(probabilities: xr.DataArray, *, most: int = 10, title: str = "Next token", theme: str = "light"
+                ) -> go.Figure:
+    """The likeliest next tokens. probabilities: dim token, with the coordinate `piece` (their text)."""
+    top = probabilities.isel(token=np.argsort(-probabilities.values)[:most][::-1])
+    figure = go.Figure(go.Bar(x=top.values, y=[_quoted(p) for p in top["piece"].values], orientation="h",
+                              marker_color=COLOURS[0], hovertemplate="%{y} %{x:.3f}<extra></extra>"))  # fmt: skip
+    figure.update_layout(title=title, xaxis_title="probability", yaxis_title="")
+    figure.update_xaxes(range=[0, 1])
+    figure.update_yaxes(type="category")
+    return themed(figure, theme)
+
+
+def bench(measured: xr.Dataset, *, title: str = "Time beside the floor", theme: str = "light") -> go.Figure:
+    """Median and quartiles of each candidate per case, with the floor as a line. measured: `hmlab bench`."""
+    figure = go.Figure()
+    cases = [str(case) for case in measured["case"].values]
+    for number, candidate in enumerate(measured["candidate"].values):
+        of = measured.sel(candidate=candidate)
+        error = {"array": (of["high"] - of["median"]).values, "arrayminus": (of["median"] - of["low"]).values}
+        figure.add_bar(x=cases, y=of["median"].values, error_y={"type": "data", **error}, name=str(candidate),
+                       marker_color=COLOURS[number % len(COLOURS)])  # fmt: skip
+    mark = {"symbol": "line-ew-open", "size": 26, "color": COLOURS[6], "line": {"width": 2}}
+    figure.add_scatter(x=cases, y=measured["floor"].values, mode="markers", name="floor", marker=mark)
+    figure.update_layout(title=title, yaxis_title=axis_title(measured["median"]), barmode="group")
+    figure.update_yaxes(type="log")
+    return themed(figure, theme)
+
+
+def axis_title(array: xr.DataArray) -> str:
+    """`long name [units]` of an array; its name where it has none."""
+    name = array.attrs.get("long_name", str(array.name).replace("_", " "))
+    units = array.attrs.get("units", "")
+    return f"{name} [{units}]" if units not in ("", "1") else name
+
+
+def _runs(metrics: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+    if "run" not in metrics.dims:
+        return [("", metrics)]
+    return [(str(name), metrics.sel(run=name)) for name in metrics["run"].values]
+
+
+def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Exponential moving mean, right from the first value on; what is missing stays missing."""
+    smoothed, total, weight = np.full(len(values), np.nan), 0.0, 0.0
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            total, weight = (1 - share) * total + share * value, (1 - share) * weight + share
+            smoothed[i] = total / weight
+    return smoothed
+
+
+def _weights(recording: xr.Dataset, layer: int, head: int | None, batch: int) -> xr.DataArray:
+    if "attention" not in recording:
+        raise ValueError(f"recording: expected the variable 'attention', got {sorted(map(str, recording.data_vars))}")
+    weights = recording["attention"].sel(layer=layer).isel(batch=batch)
+    return weights.mean("heads") if head is None else weights.isel(heads=head)
+
+
+def _quoted(text: Any, most: int = 60) -> str:
+    """Text for a label: white space made visible, the middle of long text left out, no markup."""
+    text = str(text).replace("\n", "⏎").replace("\t", "⇥").replace("&", "&amp;").replace("<", "&lt;")
+    return f"“{text}”" if len(text) <= most else f"“{text[: most // 2]} … {text[-most // 2 :]}”"
