@@ -127,7 +127,7 @@ def tree(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None =
         )  # fmt: skip
     figure.add_scatter(
         x=[time], y=[0], mode="markers", showlegend=False, hoverinfo="skip",
-        marker={"symbol": "diamond", "size": 11, "color": [0], "cmin": 0, "cmax": most, "colorscale": AMOUNT,
+        marker={"symbol": "diamond", "size": 11, "color": [weight[0]], "cmin": 0, "cmax": most, "colorscale": AMOUNT,
                 "colorbar": {"title": "weight"}, "line": {"width": 1, "color": _THEMES[theme][0]}},
     )  # fmt: skip
     where = f"layer {layer}, " + ("mean of heads" if head is None else f"head {head}")
