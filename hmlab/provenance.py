@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,19 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def banner(device: torch.device | str = "cpu", corpus: Mapping[str, Any] | None = None) -> str:
+    """What ran, in one line for the top of a notebook: version, device, threads, implementations, corpus."""
+    import hmlab_kernels
+
+    from hmlab import __version__
+
+    commit, dirty = checkout()
+    facts = [f"hmlab {__version__}" + (f" ({commit[:7]}{', changed' if dirty else ''})" if commit else "")]
+    facts += [f"torch {torch.__version__}", device_name(torch.device(device)), f"{torch.get_num_threads()} threads"]
+    device_type = torch.device(device).type
+    facts += [f"{op}: {hmlab_kernels.default_impl(op, device_type)}" for op in hmlab_kernels.OPS]
+    if corpus is not None:
+        facts.append(f"corpus {corpus['corpus']} (sha256 {corpus['sha256'][:12]})")
+    return " · ".join(facts)
