@@ -48,8 +48,9 @@ class Memory(Observed, nn.Module, ABC):
         """Read and write `time` tokens at once.
 
         state: from an earlier call, None at the beginning. tokens: token ids, for memories that count them.
-        reset: True at the first token of a document; nothing before it is remembered. valid: False at padding,
-        which neither reads nor writes and for which y is zero. Returns y and the state after the last token.
+        reset: True where a document starts, at padding too; nothing before is remembered. valid: False at padding,
+        which neither reads nor writes, whatever it holds, and for which y is zero. Returns y and the state after the
+        last token.
         """
 
     @abstractmethod

@@ -291,6 +291,12 @@ class OneMaskAtATime(Sound):
         return super().forward(x, state, reset=reset if valid is None else None, valid=valid, **kwargs)
 
 
+class NoDocumentStartsAtPadding(Sound):
+    def forward(self, x, state=None, *, reset=None, valid=None, **kwargs):
+        reset = reset if reset is None or valid is None else reset & valid
+        return super().forward(x, state, reset=reset, valid=valid, **kwargs)
+
+
 class OnePositionForAll(Counted):
     def step(self, x, state, *, tokens=None):
         return super().step(x, state._replace(position=state.position.max().expand(len(x))), tokens=tokens)
@@ -374,7 +380,7 @@ PLANTED = {
     "rows": [SeesOtherRows, MultipliesOtherRowsByZero],
     "packed": [NoReset, NoResetOfTheState, PositionsRunOn, SubtractsSums],
     "padding": [PaddingDecays, PaddingTimesZero, PaddingReads],
-    "packed_and_padded": [OneMaskAtATime],
+    "packed_and_padded": [OneMaskAtATime, NoDocumentStartsAtPadding],
     "positions": [OnePositionForAll],
     "gradients": [StepCutsTheGraph, NaNBehindTheMask, WrongEverywhere],
     "errors": [ChecksNothing, StepChecksNothing],
@@ -438,9 +444,11 @@ def test_report_is_a_table_of_what_was_found():
     ]  # fmt: skip
 
 
-def test_tolerance_is_of_the_dtype_and_the_length():
-    assert tolerance(torch.float32, 100) == pytest.approx(40 * 2**-23)
-    assert tolerance(torch.bfloat16, 100) / tolerance(torch.float32, 100) == 2**16
+def test_tolerance_is_of_the_dtype_the_length_and_the_width():
+    assert tolerance(torch.float32, 100, 16) == pytest.approx(40 * 2**-23)
+    assert tolerance(torch.float32, 400, 16) == pytest.approx(80 * 2**-23)
+    assert tolerance(torch.float32, 100, 64) == pytest.approx(80 * 2**-23)
+    assert tolerance(torch.bfloat16, 100, 64) == pytest.approx(40 * 2**-7)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("only", ["stepp"]), ("batch", 1), ("lengths", (0, 1, 2))])

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +30,7 @@ def installed(tmp_path):
 def hmlab(*arguments, site=None):
     paths = [str(site)] if site else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [str(Path(sys.executable).with_name("hmlab")), *arguments]
+    command = [sys.executable, "-m", "hmlab", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

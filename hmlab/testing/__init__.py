@@ -5,7 +5,7 @@
 
 Each point of the contract is a function of this package; its docstring is its line in the report. All run at odd
 sizes on random input, with every parameter moved away from special values. Two forms may differ by rounding only:
-`tolerance` says how much that is.
+`tolerance` says how much that is, from the precision, the length and the width.
 """
 
 from __future__ import annotations

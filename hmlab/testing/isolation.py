@@ -120,7 +120,7 @@ def packed_and_padded(s: Subject) -> None:
         valid = s.random_mask(length, 0.7, key)
         reset = s.random_mask(length, 0.3, key + 10)
         inputs = s.inputs(length, key)
-        inputs = replace(inputs, x=inputs.x.masked_fill(~valid[..., None], torch.nan), reset=reset & valid, valid=valid)
+        inputs = replace(inputs, x=inputs.x.masked_fill(~valid[..., None], torch.nan), reset=reset, valid=valid)
         _alone(s, inputs, "documents and padding at random places", cuts=((length // 2,), (1, length // 2, length - 1)))
 
 

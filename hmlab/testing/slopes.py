@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hmlab.testing.subject import Inputs, Subject, leaves, tolerance
+from hmlab.testing.subject import Inputs, Subject, leaves
 
 _STEP = 2.0**-12  # of a difference quotient: far above float32's rounding, far below the curvature of a network
 
@@ -33,7 +33,7 @@ def gradients(s: Subject, exact: bool) -> None:
                 _same(s, got, want, f"{form} against one call{'' if state is None else ' with a state'}")
         reset, valid = s.random_mask(length, 0.3, 1), s.random_mask(length, 0.7, 2)
         valid[0] = False  # a row of padding only
-        masks = {"packed": (reset, None), "padded": (None, valid), "packed and padded": (reset & valid, valid)}
+        masks = {"packed": (reset, None), "padded": (None, valid), "packed and padded": (reset, valid)}
         for what, (starts, kept) in masks.items():
             masked = s.with_masks(inputs, reset=starts, valid=kept)
             if kept is not None:
@@ -70,7 +70,7 @@ def _same(s: Subject, got: dict[str, Tensor], want: dict[str, Tensor], what: str
     largest = max(gradient.abs().max().item() for gradient in want.values() if gradient.numel())
     for name, gradient in want.items():
         # Where the true gradient is zero, rounding of the larger ones is left over.
-        floor = tolerance(s.dtype, 20) * largest
+        floor = s.tolerance(20) * largest
         s.same(got[name], gradient, f"gradient of {name}, {what}", length=20, dtype=torch.float32, floor=floor)
 
 
@@ -90,7 +90,7 @@ def _check_quotients(s: Subject, loss: _Loss, gradients: dict[str, Tensor]) -> N
                 leaf.add_(direction, alpha=-step)
         got = (gradients[name] * direction).sum().double()
         want = (ends[0] - ends[1]) / (2 * _STEP)
-        allowed = tolerance(torch.float32, 20) * gradients[name].norm().item() + tolerance(s.dtype, 20) * largest
+        allowed = s.tolerance(20, torch.float32) * gradients[name].norm().item() + s.tolerance(20) * largest
         s.expect(bool((got - want).abs() <= allowed / _STEP),
                  f"gradient of {name} in a random direction: {got:.6g}, difference quotient {want:.6g}; "
                  f"deviation {(got - want).abs():.3g}, tolerance {allowed / _STEP:.3g}")

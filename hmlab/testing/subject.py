@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from hmlab.memory import Memory
 
 TOKEN_IDS = 64
-ROUNDINGS = 16
+_MOVE = 2.0**-12
 
 
 class ContractViolation(AssertionError):
@@ -29,14 +30,16 @@ class ContractViolation(AssertionError):
         return type(self), (self.point, self.message)
 
 
-def tolerance(dtype: torch.dtype, length: int) -> float:
-    """Largest deviation between two forms of one memory, relative to the largest value: eps·sqrt(16·length).
+def tolerance(dtype: torch.dtype, length: int, dim: int) -> float:
+    """How far rounding alone may part two forms of one memory, relative to the largest value: eps·sqrt(n·length).
 
-    A value rounds once per operation, by at most eps/2, and the forms round in different orders. About 16
-    operations (projection, norm, scores, softmax, gates, sum) touch a value at each token it passes, and
-    independent roundings add up like a random walk. So it grows with the root of the tokens, and with nothing else.
+    A value is rounded at each operation, and the forms round in different orders. Independent roundings add up like
+    a random walk: with the root of their number. At every token that a value passes, these are the terms of an inner
+    product, n = dim (at least 16, for norm, softmax, gates and sums); 16 below float32, where products are summed
+    in float32. What a memory amplifies comes on top (`Subject.amplification`).
     """
-    return torch.finfo(dtype).eps * math.sqrt(ROUNDINGS * max(length, 1))
+    eps = torch.finfo(dtype).eps
+    return eps * math.sqrt((16 if eps > 2**-16 else max(dim, 16)) * max(length, 1))
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,24 @@ class Subject:
             return None
         return double if y.dtype == torch.float64 else None
 
+    @cached_property
+    def amplification(self) -> float:
+        """How much more the largest relative change of y is than that of x, at least 1; measured, on 64 rows.
+
+        A memory that divides by what may be near zero, as the norm of a product does, amplifies its roundings too.
+        """
+        wide = self.double() or self.of(torch.float32)
+        inputs = wide.inputs(max(self.lengths), key=5, batch=64)
+        with torch.no_grad():
+            y, _ = wide.forward(inputs)
+            moved, _ = wide.forward(replace(inputs, x=inputs.x * (1 + _MOVE * wide.inputs(
+                inputs.length, key=6, batch=64).x.sign())))
+        return max(1.0, ((moved - y).abs().max() / (_MOVE * y.abs().max())).item())
+
+    def tolerance(self, length: int, dtype: torch.dtype | None = None) -> float:
+        """`tolerance` of this memory."""
+        return self.amplification * tolerance(dtype or self.dtype, length, self.dim)
+
     def inputs(self, length: int, key: int = 0, *, batch: int | None = None) -> Inputs:
         """Random inputs; the same for the same length and key."""
         batch = self.batch if batch is None else batch
@@ -191,7 +212,7 @@ class Subject:
             return
         got, want = got.detach().double(), want.detach().double()
         difference = (got - want).abs()
-        allowed = 0.0 if exact else tolerance(dtype or self.dtype, length) * want.abs().max().item() + floor
+        allowed = 0.0 if exact else self.tolerance(length, dtype) * want.abs().max().item() + floor
         wrong = ~(difference <= allowed)  # NaN is wrong too
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
