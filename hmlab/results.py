@@ -7,7 +7,7 @@ is what a paper or its authors reported, with the place in `NAME.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,11 @@ from hmlab.registry import UnknownName
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from hmlab.runs import Run
+
+_ORIGIN = ("commit", "dirty", "versions", "platform", "device", "threads", "implementations", "command", "experiment",
+           "corpus", "started", "duration")  # fmt: skip
 
 
 def names() -> list[str]:
@@ -32,6 +37,28 @@ def load(name: str) -> xr.Dataset:
 def published(name: str) -> xr.Dataset:
     """What others reported; `attrs["provenance"]` says where."""
     return _read(assets_root() / "data" / "published", name)
+
+
+def of_runs(runs: Sequence[Run]) -> tuple[xr.Dataset, dict[str, Any]]:
+    """The evaluations of finished runs, dims run and step, and their provenance.
+
+    Raises ValueError naming a run that is not finished.
+    """
+    import xarray as xr
+
+    origins = {}
+    for run in runs:
+        info = run.info
+        if info["state"] != "finished":
+            raise ValueError(f"runs: expected finished runs, {run.id} is {info['state']}")
+        origins[run.id] = {key: info[key] for key in _ORIGIN}
+    curves = [run.metrics()[["train_loss", "valid_loss"]].dropna("step", how="all") for run in runs]
+    together = xr.concat(curves, xr.Variable("run", list(origins)), join="outer")
+    # What all runs share is said once.
+    first = next(iter(origins.values()))
+    shared = {key: first[key] for key in _ORIGIN if all(origin[key] == first[key] for origin in origins.values())}
+    each = {run: {k: v for k, v in origin.items() if k not in shared} for run, origin in origins.items()}
+    return together, {**dict.fromkeys(("commit", "versions", "device", "command"), "see runs"), **shared, "runs": each}
 
 
 def save(name: str, dataset: xr.Dataset, provenance: Mapping[str, Any], *, folder: str | Path | None = None) -> Path:

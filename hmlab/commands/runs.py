@@ -14,7 +14,7 @@ from hmlab.commands.settings import Refusal
 if TYPE_CHECKING:
     from hmlab.runs import Store
 
-app = typer.Typer(no_args_is_help=True, help="List, show, compare and delete runs.")
+app = typer.Typer(no_args_is_help=True, help="List, show, compare, export and delete runs.")
 Folder = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs.", show_default="HMLAB_RUNS or ./runs")]
 Id = Annotated[str, typer.Argument(help="A run; `hmlab runs list` names them.")]
 LAST = ("loss", "train_loss", "valid_loss", "tokens_per_second", "memory_bytes", "elapsed")
@@ -76,6 +76,29 @@ def compare(
     # Runs are columns: there are more numbers than runs.
     names = [name for name in rows[0] if name != "run"]
     print_table(["", *chosen], [[name.replace("_", " "), *(row[name] for row in rows)] for name in names])
+
+
+@app.command()
+def export(
+    chosen: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs.")],
+    to: Annotated[Path, typer.Option(help="NAME.csv for the evaluations of all, NAME.safetensors for one model.")],
+    runs: Folder = None,
+) -> None:
+    """Keep what runs found: their evaluations as a table, or a model as one file, each with its provenance."""
+    store = open_store(runs)
+    opened = [store.open(run) for run in chosen]
+    if to.suffix == ".csv":
+        from hmlab import results
+
+        say(f"wrote {results.save(to.stem, *results.of_runs(opened), folder=to.parent)} and its .json")
+    elif to.suffix == ".safetensors" and len(opened) == 1:
+        from hmlab import pretrained
+
+        model, encoding, _ = opened[0].pretrained()
+        pretrained.save(to, model, encoding, opened[0].info)
+        say(f"wrote {to}")
+    else:
+        raise Refusal(f"to: expected NAME.csv, or NAME.safetensors for a single run, got {to} for {len(chosen)} runs")
 
 
 @app.command()
