@@ -128,15 +128,18 @@ def run(
         try:
             trainer = _Trainer(experiment, data, store, target, _device(device))
             trainer.train(control, on_metrics, checkpoint_seconds)
-        except BaseException as error:
+        except BaseException as cause:
+            error = cause
+            if is_full(cause):
+                error = NoSpace(f"disk full: run {target.id} failed; its last checkpoint is whole")
             stopped = isinstance(error, KeyboardInterrupt)
             line = None if stopped else f"{type(error).__name__}: {error}"
             # Without room for even this, the run ends without a lock: it reads as interrupted.
             with suppress(OSError):
                 target.update(state="interrupted" if stopped else "failed", error=line)
-            if is_full(error):
-                raise NoSpace(f"disk full: run {target.id} failed; its last checkpoint is whole") from error
-            raise
+            if error is cause:
+                raise
+            raise error from cause
     return target
 
 

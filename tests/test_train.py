@@ -125,8 +125,14 @@ def test_memory_parameters_have_their_own_momentum_and_rate() -> None:
 
 
 def test_looking_changes_nothing() -> None:
+    def draw(module: nn.Module, *_: object) -> None:
+        if not module.training:
+            torch.rand(())
+
     def losses(every: int) -> list[float]:
-        return [m.loss for m in train(build(dropout=0.2), DATA, replace(RECIPE, evaluate_every=every))]
+        model = build(dropout=0.2)
+        model.register_forward_hook(draw)
+        return [m.loss for m in train(model, DATA, replace(RECIPE, evaluate_every=every))]
 
     assert losses(1) == losses(8)
 
