@@ -178,7 +178,7 @@ def run_notebook(
 
     def page(name: str) -> Path:
         path = out / f"{name}.html"
-        atomic.write_text(path, notebook_html(partial, title=notebook.title))
+        atomic.write_bytes(path, notebook_html(partial, title=notebook.title).encode())
         return path
 
     try:

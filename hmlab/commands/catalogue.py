@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Annotated
 
@@ -9,9 +10,9 @@ import typer
 
 from hmlab.commands.corpora import rows_of_corpora
 from hmlab.commands.output import Json, flat, print_json, print_table, size
-from hmlab.commands.settings import Settings, pairs, user_values
+from hmlab.commands.settings import Refusal, Settings, pairs, user_values
 
-CHUNK = 1024  # tokens fed at once while the state is filled
+DEFAULT_TIME = 512
 
 
 def list_all(json: Json = False) -> None:
@@ -40,31 +41,34 @@ def show(
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
     settings: Settings = [],  # noqa: B006
     time: Annotated[
-        int | None, typer.Option(help="Tokens read before the state is measured.", show_default="context or 512")
+        int | None,
+        typer.Option(help="Tokens read before the state is measured.", show_default="512, or a shorter context"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Parameters, bytes and operations of a model, from the model itself: it is built and reads `time` tokens."""
+    """Parameters, bytes and operations of a model, counted on the model itself after it has read TIME tokens."""
     import torch
 
     from hmlab import model as models
     from hmlab import registry
 
-    chosen = pairs(settings, "--set")
     with user_values():
-        config = registry.model_config(name, dim=dim, vocab=vocab, layers=layers, settings=chosen)
-    time = time if time is not None else config.context or 512
-    model = config.build()
-    with user_values(), torch.no_grad():
-        tokens = torch.randint(vocab, (1, time), generator=torch.Generator().manual_seed(0))
-        state = model.init_state(1)
-        for piece in tokens.split(CHUNK, dim=1):
-            _, state = model(piece, state)
-        flops = models.flops(config, time)
+        config = registry.model_config(name, dim=dim, vocab=vocab, layers=layers, settings=pairs(settings, "--set"))
+    longest = config.context or math.inf
+    time = time if time is not None else min(longest, DEFAULT_TIME)
+    if not 1 <= time <= longest:
+        raise Refusal(f"--time: expected 1 to {longest} (context) tokens, got {time}")
+    # On the meta device tensors have shapes and no content, so that a million tokens cost nothing.
+    with torch.device("meta"), torch.no_grad():
+        model = config.build()
+        parameters, parameter_bytes = models.parameters(model), sum(p.nbytes for p in model.parameters())
+        model.positions = None  # which are looked up by value; they leave no trace in the state
+        _, state = model(torch.zeros(1, time, dtype=torch.int64))
+    flops = models.flops(config, time)
     facts = {
         "name": name,
-        "parameters": models.parameters(model),
-        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "parameters": parameters,
+        "parameter_bytes": parameter_bytes,
         "time": time,
         "state_bytes": model.state_bytes(state),
         "flops_per_token": flops,

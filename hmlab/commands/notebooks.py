@@ -87,7 +87,7 @@ def reproduce(
         )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     page = out / "index.html"
-    atomic.write_text(page, report.index_html("Reproduction", entries, provenance(form)))
+    atomic.write_bytes(page, report.index_html("Reproduction", entries, provenance(form)).encode())
     failed = [entry.name for entry in entries if entry.error]
     if json:
         print_json({"report": page, "failed": failed, "notebooks": [vars(entry) for entry in entries]})

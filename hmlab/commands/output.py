@@ -39,15 +39,18 @@ def plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """Columns of nothing but numbers are aligned on the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    rows = [list(row) for row in rows]
     table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", header_style="dim")
+    for number, column in enumerate(columns):
+        numeric = all(_is_number(row[number]) for row in rows)
+        table.add_column(column, overflow="fold", header_style="dim", justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(Text(cell(value), justify=_side(value)) for value in row))
+        table.add_row(*(Text(cell(value)) for value in row))
     # Into a file or a pipe a table would be folded to 80 columns, for nobody's benefit.
     console = Console(width=None if sys.stdout.isatty() else 160)
     if title is not None:
@@ -57,7 +60,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
 
 def cell(value: Any) -> str:
     if value is None:
-        return ""
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -88,5 +91,5 @@ def size(count: int) -> str:
     return f"{amount:.3g} GB"
 
 
-def _side(value: Any) -> str:
-    return "right" if isinstance(value, (int, float)) and not isinstance(value, bool) else "left"
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

@@ -75,8 +75,10 @@ def train(
     with user_values(), json_lines() if json else progress_bar(experiment.training.steps) as on_metrics:
         try:
             run = experiments.run(experiment, store, on_metrics=on_metrics, device=device)
-        except KeyboardInterrupt:  # it has made its checkpoint
-            run = store.open(experiment.id)
+        except KeyboardInterrupt:
+            run = store.find(experiment.hash(), experiment.seed)  # which has made its checkpoint
+            if run is None:
+                raise
     info = run.info
     if json:
         print_json({key: info[key] for key in ("id", "state", "step", "steps", "hash", "seed")}, indent=None)
