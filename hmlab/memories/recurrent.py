@@ -94,8 +94,7 @@ class Recurrent(Memory):
                 valid: Bool[Tensor, "batch time"] | None) -> tuple[Float[Tensor, "batch time dim"], State]:
         """Token by token: the networks of torch cannot begin anew, nor wait, in the middle of a row."""
         outputs = []
-        for t in range(x.shape[1]):
-            token = x[:, t : t + 1]
+        for t, token in enumerate(x.split(1, 1)):  # not slices: each would get a gradient as long as x
             if reset is not None:
                 state = State(*(torch.where(reset[:, t, None, None], 0, held) for held in state))
             if valid is None:
