@@ -111,7 +111,7 @@ def run(
 
     Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint and a KeyboardInterrupt. So does
     `Store.request(id, "stop")`, but the run is returned. Raises RunBusy, NoSpace and StoreError; what opening
-    the task's data raises; and `Instability`. What ended a run is in its `run.json` too.
+    the task's data raises; and `Instability`. What ended a run that had begun is in its `run.json` too.
     """
     store = store or Store()
     found = store.find(experiment.hash(), experiment.seed)
@@ -122,11 +122,11 @@ def run(
     data = experiment.task.open()
     if data.vocab_size != experiment.model.vocab:
         raise ValueError(f"model: expected vocab {data.vocab_size}, the task's, got {experiment.model.vocab}")
-    target = found or Run(store.folder / experiment.id)
+    target, device = found or Run(store.folder / experiment.id), _device(device)
     with target.lock(), Control(target.folder / "request") as control:
         atomic.sweep(target.folder)
         try:
-            trainer = _Trainer(experiment, data, store, target, _device(device))
+            trainer = _Trainer(experiment, data, store, target, device)
             trainer.train(control, on_metrics, checkpoint_seconds)
         except BaseException as cause:
             error = cause
@@ -134,9 +134,10 @@ def run(
                 error = NoSpace(f"disk full: run {target.id} failed; its last checkpoint is whole")
             stopped = isinstance(error, KeyboardInterrupt)
             line = None if stopped else f"{type(error).__name__}: {error}"
-            # Without room for even this, the run ends without a lock: it reads as interrupted.
-            with suppress(OSError):
-                target.update(state="interrupted" if stopped else "failed", error=line)
+            if (target.folder / "run.json").exists():  # it had begun
+                # Without room for even this, the run ends without a lock: it reads as interrupted.
+                with suppress(OSError):
+                    target.update(state="interrupted" if stopped else "failed", error=line)
             if error is cause:
                 raise
             raise error from cause

@@ -324,6 +324,14 @@ def test_a_model_of_another_vocabulary_is_refused(store: Store) -> None:
         run(replace(EXPERIMENT, model=replace(EXPERIMENT.model, vocab=5)), store)
 
 
+def test_what_cannot_begin_leaves_no_run(store: Store) -> None:
+    vocab = EXPERIMENT.model.vocab
+    short = registry.model_config("gpt2-paper", dim=8, vocab=vocab, layers=1, settings={"context": "4"})
+    with pytest.raises(ValueError, match="at most context"):
+        run(replace(EXPERIMENT, model=short), store)
+    assert store.list() == []
+
+
 def test_the_hash_is_of_the_configuration_alone() -> None:
     hashes = {
         EXPERIMENT.hash(),
