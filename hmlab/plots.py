@@ -29,8 +29,9 @@ def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
     axis = {"gridcolor": rule, "zeroline": False, "linecolor": rule, "ticks": "outside", "tickcolor": rule}
     figure.update_layout(
         font={"color": ink, "size": 13, "family": "Inter, Segoe UI, Helvetica, Arial, sans-serif"}, colorway=COLOURS,
-        paper_bgcolor=paper, plot_bgcolor=paper, title={"x": 0, "xref": "paper", "font": {"size": 15}},
-        margin={"l": 64, "r": 16, "t": 48, "b": 52},
+        paper_bgcolor=paper, plot_bgcolor=paper,
+        title={"x": 0, "xref": "paper", "y": 0.97, "yanchor": "top", "font": {"size": 15}},
+        margin={"l": 64, "r": 16, "t": 72, "b": 52},
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         hoverlabel={"font": {"family": "ui-monospace, Menlo, Consolas, monospace"}},
     )  # fmt: skip
@@ -97,6 +98,39 @@ def level_share(recording: xr.Dataset, *, layer: int = 0, head: int | None = Non
     return weights.fillna(0).groupby("level").sum("node")
 
 
+def attention_heads(recording: xr.Dataset, time: int, *, layer: int = 0, batch: int = 0,
+                    title: str | None = None, theme: str = "light") -> go.Figure:
+    """What each head reads at one position: heads against levels, or against keys where there are no levels."""
+    weights = recording["attention"].sel(layer=layer, time=time).isel(batch=batch).fillna(0)
+    across = "level" if "node" in weights.dims else "key"
+    if across == "level":
+        weights = weights.groupby("level").sum("node")
+    shown = weights.transpose("heads", across)
+    figure = go.Figure(go.Heatmap(
+        x=shown[across].values, y=shown["heads"].values, z=shown.values, zmin=0, zmax=1, colorscale=AMOUNT,
+        colorbar={"title": "share"}, hovertemplate=f"head %{{y}}, {across} %{{x}}: %{{z:.3f}}<extra></extra>",
+    ))  # fmt: skip
+    figure.update_layout(title=title or f"Heads at position {time}", xaxis_title=across, yaxis_title="head")
+    figure.update_xaxes(dtick=1 if across == "level" else None)
+    figure.update_yaxes(dtick=1)
+    return themed(figure, theme)
+
+
+def observation(recording: xr.Dataset, name: str, *, layer: int = 0, batch: int = 0, title: str = "",
+                theme: str = "light") -> go.Figure:
+    """Any observation along time: the mean over its other dims, and its range."""
+    array = recording[name].sel(layer=layer).isel(batch=batch)
+    others = [dim for dim in array.dims if dim != "time"]
+    figure = go.Figure()
+    for label, values in (("largest", array.max(others)), ("mean", array.mean(others)), ("least", array.min(others))):
+        if others or label == "mean":
+            style = {"color": COLOURS[0], "dash": "solid" if label == "mean" else "dot"}
+            figure.add_scatter(x=array["time"].values, y=values.values, name=label, mode="lines", line=style)
+    figure.update_layout(title=title or axis_title(array).split(" [")[0].capitalize(),
+                         xaxis_title=axis_title(recording["time"]), yaxis_title=axis_title(array))  # fmt: skip
+    return themed(figure, theme)
+
+
 def tree(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None = None, batch: int = 0,
          pieces: Sequence[str] | None = None, title: str | None = None, theme: str = "light") -> go.Figure:
     """What a position reads: each visible node as the span of tokens that it summarises, at its level.
@@ -133,7 +167,7 @@ def tree(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None =
     where = f"layer {layer}, " + ("mean of heads" if head is None else f"head {head}")
     figure.update_layout(title=title or f"What position {time} reads ({where})", yaxis_title="level",
                          xaxis_title=axis_title(recording["time"]))  # fmt: skip
-    figure.update_xaxes(range=[-1, max(time + 1, 8)])
+    figure.update_xaxes(range=[-1, max(1.02 * time + 1, 8)])
     figure.update_yaxes(dtick=1, range=[-0.5, max(int(levels[seen].max()), 1) + 0.6])
     return themed(figure, theme)
 

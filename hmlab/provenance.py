@@ -87,7 +87,7 @@ def banner(device: torch.device | str = "cpu", corpus: Mapping[str, Any] | None 
 
     commit, dirty = checkout()
     facts = [f"hmlab {__version__}" + (f" ({commit[:7]}{', changed' if dirty else ''})" if commit else "")]
-    facts += [f"torch {torch.__version__}", device_name(torch.device(device)), f"{torch.get_num_threads()} threads"]
+    facts += [f"torch {torch.__version__}", device_name(torch.device(device)), f"threads: {torch.get_num_threads()}"]
     device_type = torch.device(device).type
     facts += [f"{op}: {hmlab_kernels.default_impl(op, device_type)}" for op in hmlab_kernels.OPS]
     if corpus is not None:
