@@ -61,6 +61,8 @@ def one_line_errors() -> Iterator[None]:
         _stop(str(error), error.status, error)
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt as error:
+        _stop("interrupted", 130, error)
     except Exception as error:
         status = _expected(error)
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("hmlab"):
@@ -81,7 +83,7 @@ def _is_typers(error: Exception) -> bool:
     return isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code")
 
 
-def _stop(message: str, status: int, error: Exception):
+def _stop(message: str, status: int, error: BaseException):
     if os.environ.get("HMLAB_DEBUG") == "1":
         raise error
     print(f"hmlab: {' '.join(message.split())}", file=sys.stderr)

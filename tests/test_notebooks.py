@@ -128,7 +128,8 @@ def test_a_run_leaves_the_executed_copy_a_page_and_the_results(tmp_path):
     assert done.parameters == {"steps": 4, "out_dir": str(out)}
     assert seen == [(i, 6) for i in range(6)]
     assert "steps = 4" in done.notebook.read_text()
-    assert "inside 3" in done.notebook.read_text()
+    cells = nbformat.read(done.notebook, as_version=4).cells
+    assert "inside 3\n" in [output.get("text") for cell in cells for output in cell.get("outputs", ())]
 
     page = done.html.read_text()
     assert "the-curve" in page
