@@ -50,6 +50,9 @@ POINTS: dict[str, tuple[Callable[..., None], bool]] = {
 }
 
 
+_GRAPH = "aot_eager_decomp_partition"  # the operators that "inductor" gets, run one by one
+
+
 @dataclass(frozen=True)
 class Line:
     """One point that holds: the largest deviation found and the one allowed (both 0 where bits are compared)."""
@@ -71,7 +74,7 @@ class Report:
         rows = [("point", "dtype", "deviation", "tolerance", "says")]
         for line in self.lines:
             numbers = [f"{n:.1e}" if line.tolerance else "-" for n in (line.deviation, line.tolerance)]
-            rows.append((line.point, line.dtype, *numbers, (POINTS[line.point][0].__doc__ or "").strip()))
+            rows.append((line.point, line.dtype, *numbers, " ".join((POINTS[line.point][0].__doc__ or "").split())))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         return "\n".join([f"{self.memory} keeps the contract of a memory", *table])
@@ -101,10 +104,11 @@ def check_memory(
 
     build: makes a fresh memory when called, or a Config with `.build()`; make it small (dim 16). lengths: streams
     that are tried, in tokens. dtypes: the first is looked at in full, the others where precision matters. compile:
-    True captures whole graphs and runs them eagerly (`aot_eager`); a name is another backend, such as "inductor";
-    False leaves that point out. allow_rnn: let torch.compile take `nn.GRU` and its kind, without masks, which such
-    layers cannot take in one graph. exact_gradients: False for a memory whose equation stops or estimates gradients;
-    they must then agree between forms, but not with difference quotients. only: names of `POINTS`.
+    True captures whole graphs, forward and backward, and runs them without generating code; a name is a backend,
+    such as "inductor"; False leaves that point out. allow_rnn: let torch.compile take `nn.GRU` and its kind, without
+    masks, which such layers cannot take in one graph. exact_gradients: False for a memory whose equation stops or
+    estimates gradients; they must then agree between forms, but not with difference quotients. only: names of
+    `POINTS`.
 
     Token ids are below 64. Raises `ContractViolation`, an AssertionError, that names the first point broken, the
     sizes, the first place where two forms differ, both values, and the other points that are broken too.
@@ -117,7 +121,7 @@ def check_memory(
         raise ValueError(f"batch, lengths: expected at least 2 rows and 12 tokens, got {batch} and {list(lengths)}")
     chosen = [p for p in POINTS if (only is None or p in only) and (p != "compiled" or compile)]
     options = {
-        "compiled": {"backend": compile if isinstance(compile, str) else "aot_eager", "allow_rnn": allow_rnn},
+        "compiled": {"backend": compile if isinstance(compile, str) else _GRAPH, "allow_rnn": allow_rnn},
         "gradients": {"exact": exact_gradients},
     }
     lines: list[Line] = []

@@ -45,7 +45,8 @@ def _refused(s: Subject, name: str, what: str, call: Callable[[], object]) -> No
 
 
 def compiled(s: Subject, backend: str, allow_rnn: bool) -> None:
-    """torch.compile(fullgraph=True) of forward, forward with a state and masks, and step gives the same"""
+    """torch.compile(fullgraph=True) of forward and its gradient, of forward with a state and masks, and of step gives
+    the same"""
     import torch._dynamo
 
     # A compiled call cannot grow a state by its counter, so it is given room; token 8 is where a binary tree grows.
@@ -53,7 +54,6 @@ def compiled(s: Subject, backend: str, allow_rnn: bool) -> None:
     reset = s.mask([".x", "..", "x."])
     state = s.memory.reserve(s.forward(prefix)[1], 8)
     calls = {
-        "forward(x)": lambda memory: memory(whole.x, tokens=whole.tokens),
         "forward(x, state)": lambda memory: memory(more.x, state, tokens=more.tokens),
         "forward(x, state, reset, valid)": lambda memory: memory(
             more.x, state, tokens=more.tokens, reset=reset, valid=~reset.roll(1, 0)),
@@ -64,6 +64,12 @@ def compiled(s: Subject, backend: str, allow_rnn: bool) -> None:
     try:
         with torch._dynamo.config.patch(allow_rnn=allow_rnn):
             memory = torch.compile(s.memory, fullgraph=True, backend=backend, dynamic=False)
+            with torch.enable_grad():  # as in training; the others as in generation
+                x = whole.x.clone().requires_grad_()
+                got, y = memory(x, tokens=whole.tokens)[0], s.memory(x, tokens=whole.tokens)[0]
+                slopes = [torch.autograd.grad((out * whole.x).sum(), x)[0] for out in (got, y)]
+            s.same(got, y, "y of compiled forward(x) against y of forward(x)", length=7)
+            s.same(*slopes, "gradient through compiled forward(x) against that through forward(x)", length=7)
             for name, call in calls.items():
                 got, after = call(memory)
                 y, want = call(s.memory)
