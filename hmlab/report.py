@@ -23,7 +23,7 @@ _TEMPLATE = """{% extends 'lab/index.html.j2' %}
 """
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #ddd }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
@@ -66,6 +66,7 @@ def notebook_html(path: Path, *, title: str) -> str:
 
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata["title"] = title
+    notebook.metadata.pop("widgets", None)  # megabytes that only a running front end could use
     figures = _plotly_to_html(notebook)
     exporter = HTMLExporter(raw_template=_TEMPLATE, filters={"markdown2html": markdown})
     page, _ = exporter.from_notebook_node(notebook, resources={"plotly_js": _plotly_js() if figures else ""})
@@ -124,17 +125,22 @@ def _mathml(source: str, display: str) -> str:
 
 
 def _plotly_to_html(notebook) -> int:
-    """Give every plotly figure an HTML form; returns how many there are."""
-    outputs = [
-        output for cell in notebook.cells for output in cell.get("outputs", ()) if PLOTLY in output.get("data", {})
-    ]
-    for output in outputs:
-        from plotly.io import to_html
+    """Give every plotly figure an HTML form, and drop empty displays; returns how many figures there are."""
+    from plotly.io import to_html
 
-        figure = output.data[PLOTLY]
-        figure = {"data": figure.get("data", []), "layout": figure.get("layout", {})}
-        output.data = {"text/html": to_html(figure, include_plotlyjs=False, full_html=False, validate=False)}
-    return len(outputs)
+    figures = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        # A display that was only kept for a later update has no data.
+        cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
+        for output in cell.outputs:
+            if PLOTLY in output.get("data", {}):
+                figure = {name: output.data[PLOTLY].get(name, empty) for name, empty in (("data", []), ("layout", {}))}
+                html = to_html(figure, include_plotlyjs=False, full_html=False, validate=False)
+                output.data = {"text/html": html}
+                figures += 1
+    return figures
 
 
 def _plotly_js() -> str:

@@ -192,6 +192,16 @@ def test_a_run_is_trained_found_again_compared_sampled_and_deleted(tmp_path):
     assert run["id"] in refused("runs", "show", run["id"][:-1], *store)
 
 
+def test_models_that_come_with_hmlab_write_and_other_files_do_not(tmp_path):
+    listed = json.loads(hmlab("list", "--json").stdout)["checkpoints"]
+    assert listed
+    for row in listed:
+        assert hmlab("sample", row["name"], "--prompt", "The", "--tokens", 5).stdout.startswith("The")
+    (tmp_path / "text.safetensors").write_text("no model")
+    assert "text.safetensors" in refused("sample", tmp_path / "text.safetensors")
+    assert listed[0]["name"] in refused("sample", listed[0]["name"] + "0")
+
+
 def test_an_interrupted_run_is_kept_and_the_same_command_goes_on(tmp_path):
     arguments = [*TINY, "--steps", 400, "--evaluate-every", 400, "--runs", tmp_path, "--json"]
     first = process(*arguments)

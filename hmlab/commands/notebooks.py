@@ -108,10 +108,13 @@ def execute(notebook: Any, values: dict[str, Any], out: Path, timeout: int):
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         bar = bars.add_task(notebook.title, total=None)
-        return run_notebook(
-            notebook.path, values, out, timeout=timeout,
-            on_cell=lambda index, cells: bars.update(bar, completed=index, total=cells),
-        )  # fmt: skip
+
+        def on_cell(index: int, cells: int) -> None:
+            bars.update(bar, completed=index, total=cells)
+
+        done = run_notebook(notebook.path, values, out, timeout=timeout, on_cell=on_cell)
+        bars.update(bar, completed=bars.tasks[bar].total)
+        return done
 
 
 def provenance(form: str) -> dict[str, Any]:

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hmlab.commands.corpora import known_corpus
 from hmlab.commands.output import Json, print_json, say
 from hmlab.commands.runs import Folder, open_store
-from hmlab.commands.settings import Settings, pairs, parse_fields, user_values
+from hmlab.commands.settings import Refusal, Settings, pairs, parse_fields, user_values
 from hmlab.registry import UnknownName
+
+if TYPE_CHECKING:
+    from hmlab.pretrained import Pretrained
 
 TRAINING = "training."  # what fields of the training begin with among --set
 OnMetrics = Callable[[Any], None]
@@ -105,7 +108,7 @@ def sample(
 
     from hmlab import model as models
 
-    model, encoding = _trained(source, runs)
+    model, encoding, _ = _trained(source, runs)
     ids = torch.from_numpy(encoding.encode(prompt)).long()[None]
     generator = torch.Generator().manual_seed(seed)
     with user_values():
@@ -145,19 +148,22 @@ def progress_bar(steps: int) -> Iterator[OnMetrics]:
         yield on_metrics
 
 
-def _trained(source: str, runs: Path | None) -> tuple[Any, Any]:
-    """Model and encoding of a run, a file, or a model that comes with hmlab."""
+def _trained(source: str, runs: Path | None) -> Pretrained:
+    """A run's newest checkpoint, a model file, or a model that comes with hmlab."""
+    from safetensors import SafetensorError
+
     from hmlab import pretrained
 
     store = open_store(runs)
     if source in store.ids():
-        run = store.open(source)
-        return run.model().eval(), run.encoding
+        return store.open(source).pretrained()
     if source not in pretrained.names() and not Path(source).is_file():
         raise UnknownName("trained model", source, [*store.ids(), *pretrained.names()])
-    with user_values():
-        found = pretrained.load(source)
-    return found.model, found.encoding
+    try:
+        with user_values():
+            return pretrained.load(source)
+    except SafetensorError as error:
+        raise Refusal(f"{source}: expected a model in a safetensors file: {error}") from error
 
 
 def _pieces(encoding: Any, tokens: Iterator[int]) -> Iterator[str]:
