@@ -14,8 +14,6 @@ Errors: `ValueError` naming the field of `Config`, or the argument of a call, th
 Deviations: inside a chunk the paper multiplies by exp of growing sums of log α, which overflows when gates close, and
 repairs it by a second level of chunks. Here a chunk is halved again and again, and the right half reads the left one
 across the border between them: only decays up to it and from it on are needed, all at most 1. S is float32 or better.
-The norm adds ε = 0.01 to the variance, not 1e-5: where a query is orthogonal to all keys, o_t is rounding alone, and
-was enlarged to full size.
 """
 
 from __future__ import annotations
@@ -51,13 +49,12 @@ class State(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """dim: E. heads: H. gate_rank: R. temperature: τ, the larger, the longer it remembers at first. chunk: C, tokens
-    that meet each other directly in the parallel form, a power of two. epsilon: of the norm."""
+    that meet each other directly in the parallel form, a power of two."""
 
     dim: int
     heads: int = 4
     gate_rank: int = 16
     temperature: float = 16.0
-    epsilon: float = 1e-2
     chunk: int = 64
 
     def __post_init__(self) -> None:
@@ -65,9 +62,8 @@ class Config:
         if self.dim // self.heads % 2:
             raise ValueError(f"dim: expected an even number per head, got {self.dim} for {self.heads} heads")
         check_positive(self, "gate_rank", "chunk")
-        for name in ("temperature", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
         if self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk: expected a power of two, got {self.chunk}")
 
@@ -86,7 +82,7 @@ class GatedLinear(Memory):
         self.v = nn.Linear(dim, dim, bias=False)
         self.gate_down = nn.Linear(dim, config.gate_rank, bias=False)
         self.gate_up = nn.Linear(config.gate_rank, keys)
-        self.norm = nn.LayerNorm(dim // config.heads, eps=config.epsilon)
+        self.norm = nn.LayerNorm(dim // config.heads)
         self.swish = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
