@@ -73,6 +73,9 @@ def notebooks_folder() -> Path:
             partial.replace(copy)
     return target
 
+# The lab asks nobody for news, and does not ask whether to ask.
+_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+
 
 def start_lab(
     *,
@@ -99,6 +102,9 @@ def start_lab(
 
     with tempfile.TemporaryDirectory(prefix="hmlab-") as private:
         config = Path(private) / "jupyter_config.json"
+        labconfig = Path(private) / "labconfig"
+        labconfig.mkdir()
+        (labconfig / "default_setting_overrides.json").write_text(json.dumps(_SETTINGS))
         config.write_text(json.dumps(_jupyter_config(port, root, apps, Path(private), browser)))
         command = [sys.executable, "-m", "jupyterlab", f"--config={config}"]
 
@@ -109,7 +115,11 @@ def start_lab(
             say("Stop with Ctrl-C.")
 
         try:
-            attend(command, env={"JUPYTER_TOKEN": token}, address=LOOPBACK, port=port, ready=ready)
+            # Notebooks run in their own folder, dashboards in this one; both mean the same runs.
+            runs = os.environ.get("HMLAB_RUNS") or str(Path("runs").resolve())
+            config_path = os.pathsep.join(filter(None, [private, os.environ.get("JUPYTER_CONFIG_PATH")]))
+            env = {"JUPYTER_TOKEN": token, "HMLAB_RUNS": runs, "JUPYTER_CONFIG_PATH": config_path}
+            attend(command, env=env, address=LOOPBACK, port=port, ready=ready)
         except ChildFailed as error:
             raise LabError(f"JupyterLab {error}") from None
 
