@@ -124,7 +124,7 @@ def test_inspector_opens_a_run_of_another_kind_of_memory(page: Page, dashboards,
 
 def test_tour_runs_in_jupyterlab_and_its_explorer_moves(page: Page, lab):
     page.goto(f"{lab.url}/lab/tree/00_tour.ipynb?token={lab.token}")
-    expect(page.get_by_text("A tour").first).to_be_visible(timeout=SLOW)
+    expect(page.get_by_role("heading", name="A tour").first).to_be_visible(timeout=SLOW)
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first).to_be_attached(timeout=SLOW)
     smoke = "steps, repeats, context, batch, dim = 4, 1, 64, 2, 16"
     cell = page.locator(".jp-CodeCell .cm-content").first
