@@ -192,7 +192,7 @@ def _jupyter_config(port: int, root: Path, apps: Sequence[Dashboard], private: P
             "new_browser_tab": False,
             "launcher_entry": {
                 "title": app.title,
-                "category": "Dashboards",
+                "category": "Notebook",  # only the launcher's own categories draw icons
                 "icon_path": str(_widgets() / "pages" / "dashboard.svg"),
             },
         }
