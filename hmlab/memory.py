@@ -80,7 +80,7 @@ class Memory(Observed, nn.Module, ABC):
         return reorder(state, rows)
 
     def check_input(self, x: Tensor, tokens: Tensor | None = None, reset: Tensor | None = None,
-                    valid: Tensor | None = None) -> None:
+                    valid: Tensor | None = None, state: Any | None = None) -> None:
         """Refuse what the contract does not allow, by the argument's name."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected [batch, time, {self.dim}], got {list(x.shape)}")
@@ -89,6 +89,9 @@ class Memory(Observed, nn.Module, ABC):
                 raise ValueError(f"{name}: expected bool {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         if tokens is not None and (tokens.is_floating_point() or tokens.shape != x.shape[:2]):
             raise ValueError(f"tokens: expected integers {list(x.shape[:2])}, got {tokens.dtype} {list(tokens.shape)}")
+        for leaf in state if state is not None else ():
+            if isinstance(leaf, Tensor) and leaf.shape[0] != x.shape[0]:
+                raise ValueError(f"state: expected {x.shape[0]} rows, as x has, got {leaf.shape[0]}")
 
 
 def document_positions(

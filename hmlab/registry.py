@@ -193,11 +193,12 @@ def from_dict(values: Mapping[str, Any]) -> Any:
     memory = dict(values.pop("memory", {}))
     if "name" not in memory:
         raise ValueError("memory: expected a mapping with the key 'name'")
-    built = _from_fields(memory_config(memory.pop("name")), memory)
-    return _from_fields(Config, {**values, "memory": built})
+    built = from_fields(memory_config(memory.pop("name")), memory)
+    return from_fields(Config, {**values, "memory": built})
 
 
-def _from_fields(cls: type, values: Mapping[str, Any]) -> Any:
+def from_fields(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from stored values. Raises UnknownName or ValueError naming a field that is unknown or missing."""
     known = {f.name: f for f in fields(cls)}
     for key in values:
         if key not in known:

@@ -32,7 +32,7 @@ from hmlab import train as training
 from hmlab.control import Control
 from hmlab.metrics import Pace, Writer
 from hmlab.progress import Progress
-from hmlab.registry import _from_fields as from_fields
+from hmlab.registry import from_fields
 from hmlab.runs import NoSpace, Run, Store, StoreError, is_full, now
 
 # A checkpoint is made this often, but costs at most this share of the time.

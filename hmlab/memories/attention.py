@@ -75,7 +75,7 @@ class Attention(Memory):
         return State(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=empty.device))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         if not x.shape[1]:

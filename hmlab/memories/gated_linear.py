@@ -92,7 +92,7 @@ class GatedLinear(Memory):
         return State(torch.zeros(batch, self.heads, width // 2, width, device=device or like.device, dtype=dtype))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         time, chunk = x.shape[1], self.config.chunk
@@ -120,7 +120,7 @@ class GatedLinear(Memory):
         return y, State(torch.where((after[:, -1] == documents.last)[:, None, None, None], total, 0))
 
     def step(self, x, state, *, tokens=None):
-        self.check_input(x[:, None], None if tokens is None else tokens[:, None])
+        self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         q, k, v, decay = self._project(x[:, None], state)
         total = decay.exp().mT * state.total + k.mT @ v
         observe("gate", lambda: decay.exp().transpose(1, 2), ("batch", "time", "heads", "dim"))

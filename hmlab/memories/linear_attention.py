@@ -81,7 +81,7 @@ class LinearAttention(Memory):
         return State(total, total[..., 0].clone())
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         time, chunk = x.shape[1], self.config.chunk
@@ -107,7 +107,7 @@ class LinearAttention(Memory):
         return y, self._state(total)
 
     def step(self, x, state, *, tokens=None):
-        self.check_input(x[:, None], None if tokens is None else tokens[:, None])
+        self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         q, k, v = self._project(x[:, None], state)
         total = torch.cat((state.total, state.normaliser[..., None]), -1) + k.mT @ v
         state = self._state(total)

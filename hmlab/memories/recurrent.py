@@ -70,7 +70,7 @@ class Recurrent(Memory):
         return State(zeros(self.config.layers), zeros(self.config.layers if self.config.cell == "lstm" else 0))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         if not x.shape[1]:

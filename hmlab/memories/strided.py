@@ -93,7 +93,7 @@ class StridedAttention(Memory):
         return State(zeros(near, stride), zeros(near, stride), zeros(far, 0), zeros(far, 0), position)
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         if not x.shape[1]:
@@ -112,7 +112,7 @@ class StridedAttention(Memory):
         return y, State(near_keys, near_values, keys, values, documents.end)
 
     def step(self, x, state, *, tokens=None):
-        self.check_input(x[:, None], None if tokens is None else tokens[:, None])
+        self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         documents = Documents(state.position, None, None, 1)
         q, (near_keys, near_values), (keys, values) = self._project(x[:, None], documents.position, state)
         near = local_attention(q[:, : self.near], near_keys, near_values, documents)

@@ -85,7 +85,7 @@ class TransformerXL(Memory):
         return State(hidden, torch.zeros(batch, dtype=torch.int64, device=hidden.device))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         # Where every row begins its document, blocks of queries are segments.
         aligned = state is None and reset is None
         if state is None:
@@ -160,7 +160,7 @@ class TransformerXL(Memory):
 
     def step(self, x, state, *, tokens=None):
         """W_k, W_v and W_r are applied to the one query and the one sum, not to all that is remembered."""
-        self.check_input(x[:, None], None if tokens is None else tokens[:, None])
+        self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         hidden = torch.cat((state.hidden.to(x.dtype), x[:, None]), 1)
         distance = torch.arange(hidden.shape[1] - 1, -1, -1, device=x.device)
         position, key_position = state.position[:, None], state.position[:, None] - distance

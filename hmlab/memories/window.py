@@ -92,7 +92,7 @@ class WindowAttention(Memory):
         return State(zeros(near), zeros(near), zeros(sinks), zeros(sinks), position)
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         time, reach = x.shape[1], self.config.window - 1

@@ -68,7 +68,7 @@ class MyMemory(Memory):
         return State(self.logit.new_zeros(batch, self.dim, device=device, dtype=dtype))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
         decay = torch.sigmoid(self.logit)
@@ -90,7 +90,7 @@ class MyMemory(Memory):
 
     def step(self, x, state, *, tokens=None):
         """Optional: `Memory.step` calls `forward` with one token, which is right but slower."""
-        self.check_input(x[:, None], None if tokens is None else tokens[:, None])
+        self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         decay = torch.sigmoid(self.logit)
         total = decay * state.total + (1 - decay) * self.write(x)
         observe("state_norm", lambda: total.norm(dim=-1)[:, None], ("batch", "time"))

@@ -15,7 +15,7 @@ def errors(s: Subject) -> None:
     """what the contract does not allow is refused by a ValueError that names the argument"""
     x, tokens = s.inputs(4).x, s.inputs(4).tokens
     mask = torch.zeros(s.batch, 4, dtype=torch.bool, device=s.device)
-    state = s.init_state()
+    state, fewer = s.init_state(), torch.arange(1, s.batch, device=s.device)
     wide = torch.cat([x, x[..., :1]], -1)
     for name, what, call in (
         ("x", "one channel too many", lambda: s.memory(wide, tokens=tokens)),
@@ -27,6 +27,8 @@ def errors(s: Subject) -> None:
         ("valid", "an integer mask", lambda: s.memory(x, tokens=tokens, valid=mask.long())),
         ("valid", "one token too few", lambda: s.memory(x, tokens=tokens, valid=mask[:, 1:])),
         ("tokens", "floats", lambda: s.memory(x, tokens=tokens.to(x.dtype))),
+        ("state", "one row too few", lambda: s.memory(x, s.memory.reorder(state, fewer), tokens=tokens)),
+        ("state", "one row too few in step", lambda: s.memory.step(x[:, 0], s.memory.reorder(state, fewer))),
         ("tokens", "one token too few", lambda: s.memory(x, tokens=tokens[:, 1:])),
     ):
         _refused(s, name, what, call)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
 from . import _native
 
 # The order of preference per device; the first that can run is the default.
 _PREFERENCE = {"cpu": ("native", "eager"), "cuda": ("eager",), "meta": ("eager",)}
 _used: dict[str, str] = {}
+_NO_COMPILER = _native.compiler() is None  # looked up once, so that torch.compile sees a constant
 
 
 def used() -> dict[str, str]:
@@ -23,11 +22,10 @@ def reset_used() -> None:
     _used.clear()
 
 
-@torch.compiler.assume_constant_result
 def default_impl(op: str, device_type: str) -> str:
     """The implementation that `op` takes on a device when none is named."""
     preference = _PREFERENCE.get(device_type, ("eager",))
-    if preference[0] == "native" and not _native.compiler():
+    if preference[0] == "native" and _NO_COMPILER:
         _warn_without_compiler()
         return "eager"
     return preference[0]
@@ -44,7 +42,7 @@ def choose(op: str, impl: str | None, device_type: str, available: tuple[str, ..
         raise ValueError(f"impl: {op} expected one of {list(available)}, got {impl!r}")
     elif impl == "native" and device_type not in ("cpu", "meta"):
         raise ValueError(f"impl: {op} 'native' runs on cpu, got tensors on {device_type}")
-    elif impl == "native" and not _native.compiler():
+    elif impl == "native" and _NO_COMPILER:
         raise RuntimeError(f"impl: {op} 'native' needs a C++ compiler (g++ or clang++ on PATH, or CXX), none was found")
     _used[op] = impl
     return impl

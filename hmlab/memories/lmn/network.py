@@ -96,7 +96,7 @@ class LogarithmicMemory(Memory):
         return state._replace(nodes=F.pad(state.nodes, (0, 0, 0, max(extra, 0))))
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
-        self.check_input(x, tokens, reset, valid)
+        self.check_input(x, tokens, reset, valid, state)
         batch, time, _ = x.shape
         if time == 0:
             return x, self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
@@ -122,7 +122,7 @@ class LogarithmicMemory(Memory):
         return y, _state(end, kept)
 
     def step(self, x, state, *, tokens=None):
-        self.check_input(x[:, None])
+        self.check_input(x[:, None], state=state)
         arity, keep = self.config.arity, self.kernel - 1
         position = state.position + 1
         tables = self._carried(state)
