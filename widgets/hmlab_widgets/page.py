@@ -48,10 +48,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 14px; margi
   font-variant-numeric: tabular-nums; }
 dt { color: var(--hm-faint); font-weight: 400; } dd { margin: 0; overflow-wrap: anywhere; }
 .tiles { display: flex; flex-wrap: wrap; border: 1px solid var(--hm-rule); border-radius: 4px; }
-.tiles > div { flex: 1 1 auto; min-width: 96px; padding: 6px 14px; }
+.tiles > div { flex: 1 1 auto; min-width: 80px; padding: 6px 9px; }
 .tiles > div + div { border-left: 1px solid var(--hm-rule); }
-.tiles b { display: block; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.tiles span { color: var(--hm-faint); font-size: 12px; }
+.tiles b { display: block; font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tiles span { color: var(--hm-faint); font-size: 11px; white-space: nowrap; }
 .bar { height: 4px; background: var(--hm-rule); border-radius: 2px; } .bar i { display: block; height: 4px;
   background: var(--hm-mark); border-radius: 2px; }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px; vertical-align: -1px; }

@@ -74,14 +74,15 @@ class Monitor:
 
     def page(self) -> pn.viewable.Viewable:
         """The whole page."""
-        short = pn.GridBox(*(self.form[n] for n in ("dim", "layers", "steps", "seed")), ncols=2)
-        for field in self.form.values():
+        for field in (*self.form.values(), self.text, self.states):
             field.param.update(width=None, sizing_mode="stretch_width", margin=(4, 5))
+        short = [pn.Row(*(self.form[n] for n in pair), sizing_mode="stretch_width", margin=0)
+                 for pair in (("dim", "layers"), ("steps", "seed"))]  # fmt: skip
         sidebar = [
             html("<h2>Runs</h2>"), self.text, self.states, self.listed,
             pn.Column(self.chosen, max_height=330, scroll="y-auto", sizing_mode="stretch_width"),
             html("<h2>New run</h2><p class=faint>On the text that comes with Python.</p>"),
-            self.form["model"], short, self.begin,
+            self.form["model"], *short, self.begin,
         ]  # fmt: skip
         main = pn.Column(
             pn.Row(self.detail, *self.buttons.values(), self.open, pn.Spacer(sizing_mode="stretch_width"), self.along),
