@@ -40,6 +40,9 @@ def check(
     only: Annotated[list[str], typer.Option(metavar="POINT", help="Only this point of the contract; repeatable.")] = [],  # noqa: B006
     compile: Annotated[bool, typer.Option(help="Also through torch.compile.")] = True,
     allow_rnn: Annotated[bool, typer.Option(help="Let torch.compile take nn.GRU and its kind.")] = False,
+    exact_gradients: Annotated[
+        bool, typer.Option(help="Gradients must be those of the values; not so where a memory stops them on purpose.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Prove that a memory keeps every point of the contract."""
@@ -54,7 +57,9 @@ def check(
     with user_values():
         config = config_class(dim=dim, **parse_fields(config_class, pairs(settings, "--set")))
     try:
-        report = check_memory(config.build, only=only or None, compile=compile, allow_rnn=allow_rnn)
+        report = check_memory(
+            config.build, only=only or None, compile=compile, allow_rnn=allow_rnn, exact_gradients=exact_gradients
+        )
     except ContractViolation as violation:
         raise Refusal(str(violation), status=1) from violation
     if json:
