@@ -196,6 +196,14 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def enough_tokens(model: nn.Module, time: int) -> int:
+    """Tokens after which a count of operations per token, or of bytes of state, is what it is after `time`.
+
+    A recurrent network costs the same at every token, and PyTorch counts it step by step; all others take `time`.
+    """
+    return min(time, 64) if any(isinstance(module, nn.RNNBase) for module in model.modules()) else time
+
+
 def flops(config: Config, time: int) -> float:
     """Floating-point operations per token of a forward pass over `time` tokens, counted by PyTorch's flop counter.
 
@@ -206,8 +214,7 @@ def flops(config: Config, time: int) -> float:
 
     with torch.device("meta"):
         model = config.build()
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            time = min(time, 64)  # a recurrent network costs the same at every token, and is counted step by step
+        time = enough_tokens(model, time)
         tokens = torch.zeros(1, time, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     model.positions = None  # its check reads values, which meta tensors have not; a look-up costs no flops

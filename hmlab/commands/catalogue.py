@@ -63,7 +63,7 @@ def show(
         model = config.build()
         parameters, parameter_bytes = models.parameters(model), sum(p.nbytes for p in model.parameters())
         model.positions = None  # which are looked up by value; they leave no trace in the state
-        _, state = model(torch.zeros(1, time, dtype=torch.int64))
+        _, state = model(torch.zeros(1, models.enough_tokens(model, time), dtype=torch.int64))
     flops = models.flops(config, time)
     facts = {
         "name": name,
