@@ -204,9 +204,17 @@ class Chunks(NamedTuple):
 
 
 def chunked(documents: Documents, chunk: int) -> Chunks:
-    number = F.pad(documents.number, (0, -documents.time % chunk), value=-1).unflatten(1, (-1, chunk))
+    # Counted out, not left to the shapes: torch.compile gets lost in what follows from a length it does not know.
+    chunks = (documents.time + chunk - 1) // chunk
+    number = F.pad(documents.number, (0, chunks * chunk - documents.time), value=-1).unflatten(1, (chunks, chunk))
     after = number.amax(2).clamp(min=0).cummax(1).values
     return Chunks(number, F.pad(after[:, :-1], (1, 0)), after)
+
+
+def in_chunks(x: Float[Tensor, "batch heads time dim"], chunks: int, chunk: int
+              ) -> Float[Tensor, "batch {chunks} heads {chunk} dim"]:
+    """The tokens of each chunk together, the last one filled with zeros."""
+    return F.pad(x, (0, 0, 0, chunks * chunk - x.shape[2])).unflatten(2, (chunks, chunk)).transpose(1, 2)
 
 
 def linear_scan(keep: Tensor, written: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from hmlab.layers import (
     check_heads,
     check_positive,
     chunked,
+    in_chunks,
     linear_scan,
     observe_state_norm,
     split_heads,
@@ -95,7 +95,7 @@ class GatedLinear(Memory):
         self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
-        time, chunk = x.shape[1], self.config.chunk
+        time = x.shape[1]
         if not time:
             return x, state
         documents = Documents(torch.zeros(len(x), dtype=torch.int64, device=x.device), reset, valid, time)
@@ -105,16 +105,16 @@ class GatedLinear(Memory):
         observe("gate", lambda: documents.unpack(decay.exp().transpose(1, 2)), ("batch", "time", "heads", "dim"))
         observe_state_norm(documents, state.total, k, v, decay.exp())
 
-        number, before, after = chunked(documents, chunk)
-        q, k, v, decay = (rearrange(F.pad(t, (0, 0, 0, -time % chunk)), "batch heads (chunks chunk) dim -> "
-                                    "batch chunks heads chunk dim", chunk=chunk) for t in (q, k, v, decay))  # fmt: skip
+        number, before, after = chunked(documents, self.config.chunk)
+        q, k, v, decay = (in_chunks(t, *number.shape[1:]) for t in (q, k, v, decay))
         until = decay.cumsum(-2)
         writer = torch.where((number == after[..., None])[:, :, None, :, None], k * _rest(decay).exp(), 0)
         reader = torch.where((number == before[..., None])[:, :, None, :, None], q * until.exp(), 0)
         keep = torch.where((before == after)[:, :, None, None], until[..., -1, :].exp(), 0)
         held, total = linear_scan(keep[..., None], writer.mT @ v, state.total)
-        read = _within(q, k, v, decay, number) + reader @ held
-        read = rearrange(read, "batch chunks heads chunk dim -> batch (chunks chunk) heads dim")[:, :time]
+        of_head = number[:, :, None].expand(-1, -1, self.heads, -1).flatten(0, 2)
+        within = _within(*(t.flatten(0, 2) for t in (q, k, v, decay)), of_head)
+        read = (within.unflatten(0, q.shape[:3]) + reader @ held).transpose(2, 3).flatten(1, 2)[:, :time]
         y = documents.unpack(self._output(read, x))
         # A document that began at padding has no tokens yet: nothing is remembered of the one before it.
         return y, State(torch.where((after[:, -1] == documents.last)[:, None, None, None], total, 0))
@@ -144,19 +144,18 @@ def _rest(decay: Float[Tensor, "*lead size key"]) -> Float[Tensor, "*lead size k
     return later.flip(-2).cumsum(-2).flip(-2)
 
 
-def _within(q: Float[Tensor, "batch chunks heads chunk key"], k: Float[Tensor, "batch chunks heads chunk key"],
-            v: Float[Tensor, "batch chunks heads chunk value"], decay: Float[Tensor, "batch chunks heads chunk key"],
-            number: Int[Tensor, "batch chunks chunk"]) -> Float[Tensor, "batch chunks heads chunk value"]:
+def _within(q: Float[Tensor, "chunks chunk key"], k: Float[Tensor, "chunks chunk key"],
+            v: Float[Tensor, "chunks chunk value"], decay: Float[Tensor, "chunks chunk key"],
+            number: Int[Tensor, "chunks chunk"]) -> Float[Tensor, "chunks chunk value"]:
     """What each token reads from those before it in its chunk, and from itself."""
     read, size = (q * k).sum(-1, keepdim=True) * v, 1
-    while size < q.shape[-2]:
+    while size < q.shape[1]:
         (_, q_right), (k_left, _), (v_left, _), (left, right) = (
-            t.unflatten(-2, (-1, 2, size)).unbind(-3) for t in (q, k, v, decay)
+            t.unflatten(1, (-1, 2, size)).unbind(2) for t in (q, k, v, decay)
         )
         scores = (q_right * right.cumsum(-2).exp()) @ (k_left * _rest(left).exp()).mT
-        before, here = number.unflatten(-1, (-1, 2, size)).unbind(-2)
-        same = (here[..., :, None] == before[..., None, :])[:, :, None]
-        across = torch.where(same, scores, 0) @ v_left
-        read = read + torch.stack((torch.zeros_like(across), across), -3).flatten(-4, -2)
+        before, here = number.unflatten(1, (-1, 2, size)).unbind(2)
+        across = torch.where(here[..., :, None] == before[..., None, :], scores, 0) @ v_left
+        read = read + torch.stack((torch.zeros_like(across), across), 2).flatten(1, 3)
         size *= 2
     return read

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from hmlab.layers import (
     check_heads,
     check_positive,
     chunked,
+    in_chunks,
     linear_scan,
     observe_state_norm,
     split_heads,
@@ -84,23 +84,22 @@ class LinearAttention(Memory):
         self.check_input(x, tokens, reset, valid, state)
         if state is None:
             state = self.init_state(len(x), device=x.device, dtype=x.dtype)
-        time, chunk = x.shape[1], self.config.chunk
+        time = x.shape[1]
         if not time:
             return x, state
         documents = Documents(torch.zeros(len(x), dtype=torch.int64, device=x.device), reset, valid, time)
         q, k, v = self._project(documents.pack(x), state)
         observe_state_norm(documents, state.total, k, v[..., :-1])
 
-        number, before, after = chunked(documents, chunk)
-        q, k, v = (rearrange(F.pad(t, (0, 0, 0, -time % chunk)), "batch heads (chunks chunk) dim -> "
-                             "batch chunks heads chunk dim", chunk=chunk) for t in (q, k, v))  # fmt: skip
+        number, before, after = chunked(documents, self.config.chunk)
+        q, k, v = (in_chunks(t, *number.shape[1:]) for t in (q, k, v))
         same = (number[..., :, None] == number[..., None, :]).tril()[:, :, None]
         written = torch.where((number == after[..., None])[:, :, None, :, None], k, 0).mT @ v
         keep = (before == after).to(written.dtype)[:, :, None, None, None]
         held, total = linear_scan(keep, written, torch.cat((state.total, state.normaliser[..., None]), -1))
         reader = torch.where((number == before[..., None])[:, :, None, :, None], q, 0)
         read = torch.where(same, q @ k.mT, 0) @ v + reader @ held
-        read = rearrange(read, "batch chunks heads chunk dim -> batch (chunks chunk) heads dim")[:, :time]
+        read = read.transpose(2, 3).flatten(1, 2)[:, :time]
         y = documents.unpack(self._output(read, x.dtype))
         # A document that began at padding has no tokens yet: nothing is remembered of the one before it.
         total = torch.where((after[:, -1] == documents.last)[:, None, None, None], total, 0)
