@@ -1,7 +1,11 @@
 """What every test has: checked shapes, a fixed seed, and a browser where one is asked for."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
+
+# Tensors in tests are small: threads would only wait for one another, here and in every process started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 import pytest

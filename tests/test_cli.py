@@ -259,9 +259,9 @@ def test_json_has_no_nan_and_no_paths():
 
 
 def test_measurements_become_rows_and_are_kept(tmp_path):
-    import xarray as xr
     from hmlab_kernels.bench import Case, measure
 
+    from hmlab import results
     from hmlab.commands.bench import _rows, _save
 
     cases = [
@@ -273,7 +273,8 @@ def test_measurements_become_rows_and_are_kept(tmp_path):
     assert [(row["case"], row["candidate"]) for row in rows] == [("one", "ours"), ("one", "theirs"), ("two", "theirs")]
     assert [rows[0]["times_first"], rows[2]["times_first"]] == [1, 1]
     assert rows[1]["times_first"] == pytest.approx(rows[1]["median"] / rows[0]["median"])
-    _save(measured, tmp_path / "kept.zarr")
-    kept = xr.open_zarr(tmp_path / "kept.zarr", consolidated=False)
-    assert _rows(kept.load()) == rows
+    _save(measured, tmp_path / "kept.csv")
+    kept = results._read(tmp_path, "kept")
+    assert _rows(kept) == rows
+    assert kept.attrs["provenance"]["commit"] and kept.attrs["provenance"]["threads"]
     assert "kept.zarr" in refused("bench", "lmn-forward", "--save", tmp_path / "kept.zarr")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hmlab_kernels import default_impl
+from hmlab_kernels.tree_attention import Level, tree_attention
 
 from hmlab.memories import lmn
 from hmlab.memories.lmn.authors import published_forward
@@ -120,6 +121,23 @@ def test_gradients_agree_between_implementations(settings):
         results.append([x.grad, *(p.grad for p in memory.parameters())])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-11)
+
+
+def test_native_gradients_are_the_same_bits_for_any_number_of_threads():
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            x = torch.randn(2, 700, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
+            # Only the reading: matrix products may add up in another order.
+            own, nodes = x.new_ones(2, 700, 3, 4, 4) * x.unflatten(-1, (1, 4, 4)), x.flatten(0, 1)
+            levels = [Level(offset=0, batch=350, node=1, slot=700, slots=1, carry=0)]
+            position = torch.arange(1, 701, dtype=torch.int32).expand(2, -1)
+            y, _ = tree_attention(own, nodes.view(1400, 1, 4, 4).expand(-1, 2, -1, -1), position, levels, impl="native")
+            found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_recorded_nodes_summarise_the_tokens_they_name():

@@ -14,18 +14,17 @@ from hmlab.commands.settings import Refusal
 def bench(
     suite: Annotated[list[str] | None, typer.Argument(help="Suites; all of them without it.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each case and candidate.")] = 2.0,
-    save: Annotated[Path | None, typer.Option(help="Keep the measurements in this new .zarr folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the figures in NAME.csv, with their provenance.")] = None,
     json: Json = False,
 ) -> None:
     """Measure; every figure beside the others of the same run, and beside the least the machine would need."""
     from hmlab import bench as benchmark
 
-    if save is not None and (save.suffix != ".zarr" or save.exists()):
-        raise Refusal(f"--save: expected a new name that ends in .zarr, got {save}")
+    if save is not None and save.suffix != ".csv":
+        raise Refusal(f"--save: expected a name that ends in .csv, got {save}")
     dataset = benchmark.run(suite or (), seconds=seconds, progress=say)
     if save is not None:
-        _save(dataset, save)
-        say(f"saved {save}")
+        say(f"wrote {_save(dataset, save)} and its .json")
     rows = _rows(dataset)
     if json:
         print_json({"machine": dataset.attrs, "rows": rows})
@@ -62,10 +61,13 @@ def _rows(dataset: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _save(dataset: Any, path: Path) -> None:
-    from hmlab import atomic
+def _save(dataset: Any, path: Path) -> Path:
+    import torch
 
-    # Zarr has a stable form for strings of any length, and none for numpy's fixed-length ones.
-    texts = {name: dataset[name].astype(object) for name in ("case", "candidate")}
-    with atomic.new_folder(path) as partial:
-        dataset.assign_coords(texts).to_zarr(partial, mode="w", consolidated=False)
+    from hmlab import results
+    from hmlab.provenance import provenance
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return results.save(
+        path.stem, dataset.drop_vars("seconds"), {**dataset.attrs, **provenance(device)}, folder=path.parent
+    )
