@@ -31,8 +31,8 @@ def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
         font={"color": ink, "size": 13, "family": "Inter, Segoe UI, Helvetica, Arial, sans-serif"}, colorway=COLOURS,
         paper_bgcolor=paper, plot_bgcolor=paper,
         title={"x": 0, "xref": "paper", "y": 0.97, "yanchor": "top", "font": {"size": 15}},
-        margin={"l": 64, "r": 16, "t": 72, "b": 52},
-        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        margin={"l": 64, "r": 16, "t": 52, "b": 52},
+        legend={"y": 1, "yanchor": "top", "x": 1, "xanchor": "right", "bgcolor": "rgba(0,0,0,0)"},
         hoverlabel={"font": {"family": "ui-monospace, Menlo, Consolas, monospace"}},
     )  # fmt: skip
     figure.update_xaxes(**axis)
