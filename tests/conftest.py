@@ -11,6 +11,9 @@ import jaxtyping
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 pytest_plugins = ["browser"]
 
 _unchecked = False

@@ -23,12 +23,17 @@ import torch
 @dataclass(frozen=True)
 class Case:
     """name: what is run, with its sizes. runs: candidate -> callable. bytes, flops: what any candidate must move
-    and compute at least, for the floor."""
+    and compute at least, for the floor. op, length, dtype: what is measured, on how long a sequence; tokens: that one
+    call serves, for the energy of each."""
 
     name: str
     runs: Mapping[str, Callable[[], object]]
     bytes: float
     flops: float
+    op: str = ""
+    length: int = 0
+    tokens: int = 0
+    dtype: str = "float32"
 
 
 def measure(cases: Sequence[Case], *, seconds: float = 2.0, least: int = 5, most: int = 200,

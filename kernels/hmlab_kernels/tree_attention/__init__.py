@@ -22,6 +22,7 @@ from .levels import Level, flatten, unflatten
 __all__ = ["IMPLEMENTATIONS", "Level", "attention_weights", "tree_attention"]
 
 IMPLEMENTATIONS = ("native", "eager", "reference")
+OUTPUTS = ("out", "lse")
 _FORMS = {"native": native, "eager": eager}
 
 
