@@ -1,12 +1,14 @@
-"""What `hmlab bench` measures: layers beside what their authors, or anybody else, would run instead.
+"""What `hmlab bench` measures: operators and layers beside what their authors, or anybody else, would run instead.
 
-`SUITES` maps a name to a function that returns cases; `run` measures them into one Dataset.
+`suites()` maps a name to a function that returns the cases for a device; `run` measures them into one Dataset.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
+import hmlab_kernels
 import torch
 from hmlab_kernels.bench import Case, measure
 from torch import Tensor
@@ -17,55 +19,67 @@ from hmlab.memories.lmn.authors import published_forward
 from hmlab.registry import UnknownName, memory_config
 
 
-def lmn_forward(lengths: Sequence[int] = (2048, 8192, 32768, 131072), dim: int = 32) -> list[Case]:
+def lmn_forward(device: str = "cpu", lengths: Sequence[int] = (2048, 8192, 32768, 131072), dim: int = 32
+                ) -> list[Case]:
     """One LMN layer with its feed-forward, batch 1, one head, one bank: ours, the authors' formulation, attention."""
     cases = []
     for length in lengths:
-        block = _block(lmn.Config(dim=dim, heads=1, banks=1))
-        rival = _block(memory_config("attention")(dim=dim, heads=1))
-        x = torch.randn(1, length, dim)
+        block = _block(lmn.Config(dim=dim, heads=1, banks=1), device)
+        rival = _block(memory_config("attention")(dim=dim, heads=1), device)
+        x = torch.randn(1, length, dim, device=device)
         runs: dict[str, Callable] = {
             "hmlab": _no_grad(lambda b=block, x=x: b(x, None)),
             "authors": _no_grad(lambda b=block, x=x: _published(b, x)),
         }
         if length <= 32768:  # quadratic: 16 times longer per line
             runs["attention"] = _no_grad(lambda b=rival, x=x: b(x, None))
-        cases.append(Case(f"lmn forward, L {length}, E {dim}", runs, *_floor(length, length, dim, banks=1)))
+        cases.append(Case(f"lmn forward, L {length}, E {dim}", runs, *_floor(length, length, dim, banks=1),
+                          op="lmn", length=length, tokens=length))  # fmt: skip
     return cases
 
 
-def lmn_training(dims: Sequence[int] = (32, 128), batch: int = 16, length: int = 512) -> list[Case]:
+def lmn_training(device: str = "cpu", dims: Sequence[int] = (32, 128), batch: int = 16, length: int = 512
+                 ) -> list[Case]:
     """Forward and backward of one LMN layer with its feed-forward, four heads, two banks."""
     cases = []
     for dim in dims:
-        block = _block(lmn.Config(dim=dim))
-        rival = _block(memory_config("attention")(dim=dim))
-        x = torch.randn(batch, length, dim, requires_grad=True)
+        block = _block(lmn.Config(dim=dim), device)
+        rival = _block(memory_config("attention")(dim=dim), device)
+        x = torch.randn(batch, length, dim, device=device, requires_grad=True)
         runs = {
             "hmlab": lambda b=block, x=x: _train(b, b(x, None)[0]),
             "authors": lambda b=block, x=x: _train(b, _published(b, x)),
             "attention": lambda b=rival, x=x: _train(b, b(x, None)[0]),
         }
         bytes_, flops = _floor(batch * length, length, dim, banks=2)
-        cases.append(Case(f"lmn training step, batch {batch}, L {length}, E {dim}", runs, 3 * bytes_, 3 * flops))
+        cases.append(Case(f"lmn training step, batch {batch}, L {length}, E {dim}", runs, 3 * bytes_, 3 * flops,
+                          op="lmn", length=length, tokens=batch * length))  # fmt: skip
     return cases
 
 
-SUITES: dict[str, Callable[[], list[Case]]] = {"lmn-forward": lmn_forward, "lmn-training": lmn_training}
+def suites() -> dict[str, Callable[[str], list[Case]]]:
+    """Name -> the cases it measures on a device: whole layers, and every operator of `hmlab_kernels`."""
+
+    def of(op: str) -> Callable[[str], list[Case]]:
+        return lambda device: importlib.import_module(f"hmlab_kernels.{op}.cases").benchmarks(device)
+
+    return {"lmn-forward": lmn_forward, "lmn-training": lmn_training, **{op: of(op) for op in hmlab_kernels.OPS}}
 
 
-def run(suites: Sequence[str] = (), *, seconds: float = 2.0, progress: Callable[[str], None] = lambda _: None):
+def run(names: Sequence[str] = (), *, device: str = "cpu", seconds: float = 2.0,
+        progress: Callable[[str], None] = lambda _: None):
     """Measure suites by name (all if none is named) into a Dataset of dims case, candidate, repeat."""
-    for name in suites:
-        if name not in SUITES:
-            raise UnknownName("benchmark", name, SUITES)
+    known = suites()
+    for name in names:
+        if name not in known:
+            raise UnknownName("benchmark", name, known)
     torch.manual_seed(0)
-    cases = [case for name in suites or SUITES for case in SUITES[name]()]
-    return measure(cases, seconds=seconds, progress=progress)
+    cases = [case for name in names or known for case in known[name](device)]
+    return measure(cases, device=device, seconds=seconds, progress=progress)
 
 
-def _block(memory) -> model.Block:
-    return model.Block(model.Config(vocab=1, dim=memory.dim, memory=memory))
+def _block(memory, device: str) -> model.Block:
+    return model.Block(model.Config(vocab=1, dim=memory.dim, memory=memory)).to(device)
 
 
 def _published(block: model.Block, x: Tensor) -> Tensor:

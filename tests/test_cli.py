@@ -273,7 +273,7 @@ def test_measurements_become_rows_and_are_kept(tmp_path):
     assert [(row["case"], row["candidate"]) for row in rows] == [("one", "ours"), ("one", "theirs"), ("two", "theirs")]
     assert [rows[0]["times_first"], rows[2]["times_first"]] == [1, 1]
     assert rows[1]["times_first"] == pytest.approx(rows[1]["median"] / rows[0]["median"])
-    _save(measured, tmp_path / "kept.csv")
+    _save(measured, tmp_path / "kept.csv", "cpu")
     kept = results._read(tmp_path, "kept")
     assert _rows(kept) == rows
     assert kept.attrs["provenance"]["commit"] and kept.attrs["provenance"]["threads"]

@@ -3,21 +3,18 @@
     measure([Case("L 2048", {"native": run_a, "eager": run_b}, bytes=..., flops=...)]) -> xarray.Dataset
 
 The floor of a case is the larger of its bytes over the copy bandwidth and its flops over the matrix-product rate,
-both measured in the same run. No figure stands alone: machines are noisy, ratios within a run are not.
+both measured in the same run. No figure stands alone: machines are noisy, ratios within a run are less so. What tells
+a candidate's even rounds from its odd ones is its noise floor (A/A): differences of that size mean nothing.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
+
+from . import _machine
 
 
 @dataclass(frozen=True)
@@ -36,120 +33,113 @@ class Case:
     dtype: str = "float32"
 
 
-def measure(cases: Sequence[Case], *, seconds: float = 2.0, least: int = 5, most: int = 200,
+def measure(cases: Sequence[Case], *, device: str = "cpu", seconds: float = 2.0, least: int = 6, most: int = 200,
             progress: Callable[[str], None] = lambda _: None):
     """Time every candidate of every case, interleaved within the case.
 
     seconds: time to spend per case and candidate, as far as `least` and `most` repeats allow. Returns a Dataset with
-    dims case, candidate, repeat: `seconds`, and `peak_bytes`, `floor_seconds`, `median`, `low`, `high` (quartiles).
+    dims case, candidate, repeat: `seconds`, and `median`, `low`, `high` (quartiles), `peak_bytes`, `joules_per_token`
+    (NaN without a readable meter), `noise` (by what share the medians of even and odd rounds differ), and of each case
+    `floor`, `bytes`, `flops`.
     """
     import xarray as xr
 
     names = list(dict.fromkeys(name for case in cases for name in case.runs))
-    bandwidth, rate = copy_bandwidth(), matmul_rate()
-    seconds_taken = np.full((len(cases), len(names), most), np.nan)
-    peak = np.full((len(cases), len(names)), np.nan)
+    bandwidth, read = _machine.copy_bandwidth(device), _machine.meter(device)
+    rates = {dtype: _machine.matmul_rate(device, dtype) for dtype in sorted({case.dtype for case in cases})}
+    taken = np.full((len(cases), len(names), most), np.nan)
+    peak, energy, noise = np.full((3, len(cases), len(names)), np.nan)
     for c, case in enumerate(cases):
         progress(case.name)
         for name, run in case.runs.items():
             run()  # compile, allocate, fill caches
-            peak[c, names.index(name)] = peak_bytes(run)
+            peak[c, names.index(name)] = _machine.peak_bytes(run, device)
         spent, repeat = 0.0, 0
         while repeat < most and (repeat < least or spent < seconds * len(case.runs)):
             for name, run in case.runs.items():
-                taken = _time(run)
-                seconds_taken[c, names.index(name), repeat] = taken
-                spent += taken
+                took = taken[c, names.index(name), repeat] = _machine.seconds(run, device)
+                spent += took
             repeat += 1
-    used = int((~np.isnan(seconds_taken)).any((0, 1)).sum())
-    seconds_taken = seconds_taken[:, :, :used]
-    floor = [max(case.bytes / bandwidth, case.flops / rate) for case in cases]
+        for name, run in case.runs.items():
+            n = names.index(name)
+            noise[c, n] = abs(np.median(taken[c, n, :repeat:2]) / np.median(taken[c, n, 1:repeat:2]) - 1)
+            energy[c, n] = _machine.joules(run, device, read) / max(case.tokens, 1)
+    used = int((~np.isnan(taken)).any((0, 1)).sum())
+    taken = taken[:, :, :used]
+    floor = [max(case.bytes / bandwidth, case.flops / rates[case.dtype]) for case in cases]
     quartiles = np.full((3, len(cases), len(names)), np.nan)
-    present = ~np.isnan(seconds_taken).all(-1)
-    quartiles[:, present] = np.nanpercentile(seconds_taken[present], (25, 50, 75), axis=-1)
-    time_attributes = {"units": "s"}
+    present = ~np.isnan(taken).all(-1)
+    quartiles[:, present] = np.nanpercentile(taken[present], (25, 50, 75), axis=-1)
+    both = ("case", "candidate")
+    second = {"units": "s"}
     return xr.Dataset(
         {
-            "seconds": (("case", "candidate", "repeat"), seconds_taken, {"long_name": "time", **time_attributes}),
-            "median": (("case", "candidate"), quartiles[1], {"long_name": "median time", **time_attributes}),
-            "low": (("case", "candidate"), quartiles[0], {"long_name": "lower quartile", **time_attributes}),
-            "high": (("case", "candidate"), quartiles[2], {"long_name": "upper quartile", **time_attributes}),
-            "peak_bytes": (("case", "candidate"), peak, {"long_name": "peak memory", "units": "bytes"}),
-            "floor": ("case", floor, {"long_name": "floor", **time_attributes}),
+            "seconds": ((*both, "repeat"), taken, {"long_name": "time", **second}),
+            "median": (both, quartiles[1], {"long_name": "median time", **second}),
+            "low": (both, quartiles[0], {"long_name": "lower quartile", **second}),
+            "high": (both, quartiles[2], {"long_name": "upper quartile", **second}),
+            "peak_bytes": (both, peak, {"long_name": "peak memory", "units": "bytes"}),
+            "joules_per_token": (both, energy, {"long_name": "energy per token", "units": "J"}),
+            "noise": (both, noise, {"long_name": "noise floor (A/A)"}),
+            "floor": ("case", floor, {"long_name": "floor", **second}),
             "bytes": ("case", [case.bytes for case in cases], {"units": "bytes"}),
             "flops": ("case", [case.flops for case in cases], {"units": "flop"}),
+            "op": ("case", [case.op for case in cases]),
+            "length": ("case", [case.length for case in cases], {"units": "tokens"}),
+            "dtype": ("case", [case.dtype for case in cases]),
         },
         coords={"case": [case.name for case in cases], "candidate": names},
-        attrs={"copy_bandwidth_bytes_per_s": bandwidth, "matmul_flop_per_s": rate, **machine()},
+        attrs={
+            "copy_bandwidth_bytes_per_s": bandwidth,
+            **{f"matmul_flop_per_s_{dtype}": rate for dtype, rate in rates.items()},
+            **_machine.facts(device),
+        },
     )
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "load_before": round(os.getloadavg()[0], 2)}  # fmt: skip
+def crossovers(measured) -> list[dict[str, str | float]]:
+    """From which length on the first candidate of a kind of case beats each other one, among the lengths measured.
+
+    A kind is the cases of one `op` that differ in length only (same name but for its figures after "L"). The length is
+    interpolated between two measured ones on logarithmic axes; 0 if it wins from the shortest on, inf if it never
+    does. A difference inside the noise floor is not a win.
+    """
+    found = []
+    for kind, chosen in _kinds(measured).items():
+        lengths = measured["length"].values[chosen]
+        order = np.argsort(lengths)
+        chosen, lengths = np.asarray(chosen)[order], lengths[order]
+        medians = measured["median"].values[chosen]
+        names = measured["candidate"].values
+        ours = next((n for n in range(len(names)) if not np.isnan(medians[:, n]).any()), None)
+        if ours is None:
+            continue
+        for rival in range(len(names)):
+            both = ~np.isnan(medians[:, rival])
+            if rival == ours or both.sum() < 2:
+                continue
+            advantage = np.log(medians[both, rival] / medians[both, ours])
+            noise = np.log1p(measured["noise"].values[chosen][both][:, [ours, rival]].max(1))
+            found.append({"kind": kind, "candidate": str(names[ours]), "against": str(names[rival]),
+                          "length": _crossing(lengths[both], advantage - noise)})  # fmt: skip
+    return found
 
 
-def copy_bandwidth(device: str | torch.device = "cpu") -> float:
-    """Bytes per second read and written by a copy far larger than any cache."""
-    source = torch.ones(1 << 25, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / min(_time(lambda: target.copy_(source)) for _ in range(7))
+def _kinds(measured) -> dict[str, list[int]]:
+    import re
+
+    kinds: dict[str, list[int]] = {}
+    for number, name in enumerate(measured["case"].values):
+        kinds.setdefault(re.sub(r"\bL [\d,]+", "L", str(name)), []).append(number)
+    return kinds
 
 
-def matmul_rate(device: str | torch.device = "cpu") -> float:
-    """Floating-point operations per second of a float32 matrix product of 2048."""
-    a = torch.ones(2048, 2048, device=device)
-    a @ a
-    return 2 * 2048**3 / min(_time(lambda: a @ a) for _ in range(7))
-
-
-def peak_bytes(run: Callable[[], object]) -> float:
-    """Memory that a call needs beyond what was held before it; NaN where the system does not tell."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        _return_free_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
-        before = _status("VmRSS")
-        run()
-        return max(_status("VmHWM") - before, 0)
-    except OSError:
-        return float("nan")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def _return_free_memory() -> None:
-    import ctypes
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError) as error:
-        raise OSError("no malloc_trim on this system") from error
-
-
-def _time(run: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _crossing(lengths: np.ndarray, advantage: np.ndarray) -> float:
+    losing = np.flatnonzero(advantage <= 0)
+    if not len(losing):
+        return 0.0
+    last = losing[-1]
+    if last == len(lengths) - 1:
+        return float("inf")
+    share = -advantage[last] / (advantage[last + 1] - advantage[last])
+    return float(np.exp(np.log(lengths[last]) + share * np.log(lengths[last + 1] / lengths[last])))
