@@ -1,0 +1,126 @@
+"""Which blocks of slots each set of queries reads: those that get the largest votes.
+
+    vote(c, g, n) = log Σ_t Σ_h Σ_j exp(scale · q_th · k_j + bias_j)
+
+over the voters t of set c, the heads h of group g and those slots j of block n that set c may read. With
+`query_block` 1 a set is one query, its own voter. With Q > 1 a set is a block of Q queries, counted from the first of
+the sequence, and its voters are the queries of the block before: nothing leaks from inside the block, and the first
+block picks nothing. A set may read the slots that its first query may.
+
+Ours; the sharing of a block's picks is the specification of HARMONY's point 9. Not differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import _dispatch, _packing
+from . import eager, reference, sets
+
+__all__ = ["IMPLEMENTATIONS", "OUTPUTS", "topk_blocks"]
+
+IMPLEMENTATIONS = ("eager", "reference")
+OUTPUTS = ("index", "score")
+
+
+def topk_blocks(
+    q: Float[Tensor, "batch time heads dim"],
+    k: Float[Tensor, "batch slots kv_heads dim"],
+    *,
+    picks: int,
+    bias: Float[Tensor, "batch slots kv_heads"] | None = None,
+    visible: Int[Tensor, "batch slots"] | None = None,
+    groups: int | None = None,
+    query_block: int = 1,
+    slot_block: int = 1,
+    cu_seqlens: Int[Tensor, "sequences_and_one"] | None = None,
+    cu_slots: Int[Tensor, "sequences_and_one"] | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> tuple[Int[Tensor, "batch sets groups picks"], Float[Tensor, "batch sets groups picks"]]:
+    """The `picks` blocks of `slot_block` slots with the largest votes of each set, and the votes.
+
+    visible: the first query, by its number in the sequence, that may read a slot; all may if None. groups: how many
+    sets of blocks the heads share; it divides heads and is a multiple of kv_heads (heads if None). scale: dim^-0.5 if
+    None. impl: one of `IMPLEMENTATIONS`; None takes the device's default.
+    Returns index (int32) and score (at least float32), votes descending, equal ones by block; -1 and -inf where a set
+    has fewer blocks. The sets axis is ceil(time / query_block) long. Packed sequences: the sets of all follow one
+    another, blocks are counted from each sequence's first slot, and the axis has the fixed length
+    floor((time + sequences · (query_block - 1)) / query_block), with -1 and -inf in what is left over.
+    Deterministic. Raises ValueError by argument.
+    """
+    _check(q, k, bias, visible, cu_seqlens, cu_slots)
+    batch, _, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    groups = heads if groups is None else groups
+    if groups < 1 or heads % groups or groups % kv_heads:
+        raise ValueError(f"groups: expected a divisor of {heads} heads, multiple of {kv_heads} kv heads, got {groups}")
+    for name, value in (("picks", picks), ("query_block", query_block), ("slot_block", slot_block)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    impl = _dispatch.choose("topk_blocks", impl, q.device.type, IMPLEMENTATIONS, q.dtype)
+    scale = dim**-0.5 if scale is None else scale
+    q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
+    arguments = (q, k, bias, visible, cu_seqlens, cu_slots, picks, groups, query_block, slot_block, scale)
+    if impl == "reference":
+        return reference.topk_blocks(*arguments)
+    return torch.ops.hmlab.topk_blocks(*arguments, impl)
+
+
+def _check(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
+           cu_slots: Tensor | None) -> None:
+    if q.ndim != 4 or not q.is_floating_point():
+        raise ValueError(f"q: expected floats [batch, time, heads, dim], got {q.dtype} {list(q.shape)}")
+    batch, _, heads, dim = q.shape
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(f"k: expected [{batch}, slots, kv_heads, {dim}], got {list(k.shape)}")
+    if k.shape[2] < 1 or heads % k.shape[2]:
+        raise ValueError(f"k: expected kv heads that divide {heads} heads, got {k.shape[2]}")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
+    if bias is not None and (bias.shape != k.shape[:3] or not bias.is_floating_point()):
+        raise ValueError(f"bias: expected floats {list(k.shape[:3])}, got {bias.dtype} {list(bias.shape)}")
+    if visible is not None and (visible.shape != k.shape[:2] or visible.is_floating_point()):
+        raise ValueError(f"visible: expected integers {list(k.shape[:2])}, got {visible.dtype} {list(visible.shape)}")
+    _packing.check_cu_seqlens("cu_seqlens", cu_seqlens, batch)
+    _packing.check_cu_seqlens("cu_slots", cu_slots, batch)
+    if (cu_seqlens is None) != (cu_slots is None) or (cu_slots is not None and cu_slots.shape != cu_seqlens.shape):
+        got = ["None" if cu is None else list(cu.shape) for cu in (cu_seqlens, cu_slots)]
+        raise ValueError(f"cu_slots: expected one bound for each of cu_seqlens, got shapes {got[1]} and {got[0]}")
+
+
+@torch.library.custom_op("hmlab::topk_blocks", mutates_args=())
+def _forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
+             cu_slots: Tensor | None, picks: int, groups: int, query_block: int, slot_block: int, scale: float,
+             impl: str) -> tuple[Tensor, Tensor]:
+    arguments = (q, k, bias, visible, cu_seqlens, cu_slots, picks, groups, query_block, slot_block, scale)
+    if impl == "eager":
+        return eager.forward(*arguments)
+    from . import fused  # triton may be missing
+
+    return fused.forward(*arguments)
+
+
+@_forward.register_fake
+def _(q, k, bias, visible, cu_seqlens, cu_slots, picks, groups, query_block, slot_block, scale, impl):
+    documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (q.shape[0], sets.allocated(q.shape[1], documents, query_block), groups, picks)
+    score = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(shape, dtype=torch.int32), score
+
+
+def _flops(q: tuple, k: tuple, *_, **__) -> int:
+    # Every query with every slot; what visibility takes away is not known from shapes.
+    batch, time, heads, dim = q
+    return 2 * batch * time * k[1] * heads * dim
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.hmlab.topk_blocks)(_flops)
+
+
+_register_flops()

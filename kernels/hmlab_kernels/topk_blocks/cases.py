@@ -1,0 +1,134 @@
+"""Inputs of the block votes shared by parity, benchmarks and notebooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import bench
+from ..parity import Case, Draw
+from . import reference, topk_blocks
+
+
+def inputs(draw: Draw, batch: int, time: int, heads: int, dim: int, slots: int, *, kv_heads: int | None = None,
+           picks: int = 4, **options) -> dict:
+    """A call on random numbers: slots become visible one by one, evenly over the sequence."""
+    made = {
+        "q": draw.normal(batch, time, heads, dim),
+        "k": draw.normal(batch, slots, kv_heads or heads, dim),
+        "visible": (draw.tensor(range(slots)) + 1).mul(time).div(max(slots, 1), rounding_mode="floor").repeat(batch, 1),
+        "picks": picks,
+    }
+    return made | options
+
+
+def _everything(draw: Draw) -> dict:
+    made = inputs(draw, 2, 61, 4, 20, 47, kv_heads=2, picks=3, groups=2, query_block=6, slot_block=3, scale=0.7)
+    return made | {"bias": draw.normal(2, 47, 2)}
+
+
+def _packed(draw: Draw, query_block: int, slot_block: int) -> dict:
+    """Documents without tokens, without slots, and without either."""
+    queries, slots = [0, 9, 9, 9, 26, 27, 40], [0, 6, 10, 10, 31, 31, 38]
+    made = inputs(draw, 1, 40, 2, 16, 38, kv_heads=1, picks=3, query_block=query_block, slot_block=slot_block)
+    made |= {"bias": draw.normal(1, 38, 1), "visible": draw.integers(0, 14, 1, 38)}
+    return made | {"cu_seqlens": draw.tensor(queries), "cu_slots": draw.tensor(slots, dtype=torch.int32)}
+
+
+def _strided(draw: Draw) -> dict:
+    made = inputs(draw, 2, 19, 2, 16, 21, slot_block=2)
+    made["q"] = draw.normal(2, 2, 16, 19).permute(0, 3, 1, 2)
+    made["k"] = draw.normal(2, 2, 21, 32)[..., ::2].transpose(1, 2)
+    made["bias"] = draw.normal(2, 2, 21).transpose(1, 2)
+    made["visible"] = draw.integers(0, 19, 21, 2).T
+    return made
+
+
+def _ties(draw: Draw) -> dict:
+    """Votes that are all equal: the lower blocks win."""
+    made = inputs(draw, 1, 7, 2, 16, 90, picks=5)
+    return made | {"q": torch.zeros_like(made["q"]), "visible": None}
+
+
+def _near(name: str, got: Tensor, expected: Tensor, given: dict) -> Tensor | None:
+    """Where another block was picked than the reference's, though its vote differs by more than rounding."""
+    if name != "index":
+        return None
+    different = got != expected
+    if not different.any():
+        return different
+    floats = {n: x.double() for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    heads, dim = given["q"].shape[2:]
+    options = {"bias": None, "visible": None, "cu_seqlens": None, "cu_slots": None, "groups": heads, "query_block": 1,
+               "slot_block": 1, "scale": dim**-0.5} | given | floats  # fmt: skip
+    options.pop("picks")
+    every = reference.votes(**options)
+    vote = [torch.where(i < 0, -torch.inf, every.gather(3, i.long().clamp(min=0))) for i in (got, expected)]
+    twice = (got[..., None] == got[..., None, :]).sum(-1) > 1
+    return different & (twice | ~((vote[0] - vote[1]).abs() < 1e-4 * (1 + vote[1].abs())))
+
+
+CASES = [
+    Case(name, make, equal=_near)
+    for name, make in {
+        "one token": lambda d: inputs(d, 1, 1, 1, 16, 1),
+        "no token": lambda d: inputs(d, 2, 0, 2, 16, 5),
+        "no slot": lambda d: inputs(d, 2, 5, 2, 16, 0),
+        "every query, a block per slot": lambda d: inputs(d, 1, 37, 2, 16, 33, kv_heads=1, picks=5),
+        "more picks than blocks": lambda d: inputs(d, 1, 9, 1, 80, 7, picks=11, slot_block=2),
+        "everything": _everything,
+        "all heads together": lambda d: inputs(d, 1, 20, 4, 16, 12, kv_heads=1, groups=1, slot_block=4),
+        "few queries, many slots": lambda d: inputs(d, 1, 3, 1, 16, 150, picks=2) | {"visible": None},
+        "wide head": lambda d: inputs(d, 1, 12, 1, 256, 40, query_block=4, slot_block=16),
+        "blocks wider than a tile": lambda d: inputs(d, 1, 16, 1, 16, 150, query_block=8, slot_block=70),
+        "voters beyond a tile": lambda d: inputs(d, 1, 60, 6, 16, 20, groups=1, kv_heads=1, query_block=30),
+        "packed queries": lambda d: _packed(d, 1, 2),
+        "packed query blocks": lambda d: _packed(d, 4, 1),
+        "strided": _strided,
+        "ties": _ties,
+    }.items()
+]
+
+
+def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
+    """Tile shapes of the fused form's outputs."""
+    from . import fused
+
+    q, k = inputs["q"], inputs["k"]
+    block, group_heads = inputs.get("query_block", 1), q.shape[2] // (inputs.get("groups") or q.shape[2])
+    sizes = fused.sizes(q.shape[1], block * group_heads, q.shape[3], inputs.get("slot_block", 1), inputs["picks"])
+    shape = (1, sizes["SETS"], 1, inputs["picks"])
+    return dict.fromkeys(("index", "score"), shape)
+
+
+def benchmarks(device: str) -> list[bench.Case]:
+    """Picks of 64-query blocks among slots of an eighth of the tokens, beside the whole matrix of scores."""
+    dtype, heads, dim = (torch.bfloat16, 16, 128) if device == "cuda" else (torch.float32, 4, 64)
+    lengths = (16384, 131072, 524288) if device == "cuda" else (4096, 16384)
+    return [_benchmark(Draw(dtype, device), time, heads, dim) for time in lengths]
+
+
+def _benchmark(draw: Draw, time: int, heads: int, dim: int) -> bench.Case:
+    made = inputs(draw, 1, time, heads, dim, time // 8, picks=8, query_block=64, slot_block=16)
+    forms = ("fused", "eager") if draw.device.type == "cuda" else ("eager",)
+    runs = {impl: lambda impl=impl: topk_blocks(**made, impl=impl) for impl in forms}
+    if time <= 16384:
+        runs["whole matrix"] = lambda: whole_matrix(**made)
+    size = draw.dtype.itemsize
+    return bench.Case(
+        f"topk_blocks, {time} tokens, {heads} x {dim}", runs, op="topk_blocks", length=time, tokens=time,
+        dtype=str(draw.dtype).removeprefix("torch."), bytes=(time + time // 8) * heads * dim * size,
+        flops=time * (time // 8) * heads * dim,  # half of all pairs are visible
+    )  # fmt: skip
+
+
+def whole_matrix(q: Tensor, k: Tensor, visible: Tensor, picks: int, query_block: int, slot_block: int
+                 ) -> tuple[Tensor, Tensor]:
+    """The rival: every score at once, then torch.topk. Whole blocks, a group per head."""
+    voters = q[:, :-query_block].unflatten(1, (-1, query_block))
+    score = torch.einsum("bcthd,bjhd->bchtj", voters * q.shape[-1] ** -0.5, k).float()
+    first = query_block * torch.arange(1, voters.shape[1] + 1, device=q.device)
+    hidden = visible[:, None] > first[:, None]
+    score = score.masked_fill_(hidden[:, :, None, None], -torch.inf).unflatten(-1, (-1, slot_block))
+    found = score.logsumexp((3, 5)).topk(picks, dim=-1)
+    return found.indices, found.values
