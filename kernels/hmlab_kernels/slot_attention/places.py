@@ -1,0 +1,42 @@
+"""Where sets lie: which sequence, and which of its queries, a set serves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .. import _packing
+
+
+class Places(NamedTuple):
+    """Sequences of queries and of slots on their packed axes; the sequence of each set, and the first set of each
+    sequence. Sets beyond a sequence's last query serve none."""
+
+    queries: _packing.Sequences
+    slots: _packing.Sequences
+    sequence: Int[Tensor, "sets"]
+    first_set: Int[Tensor, "sequences"]
+
+
+def find(q: Tensor, k: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: Tensor | None,
+         cu_slots: Tensor | None, query_block: int) -> Places:
+    """Raises ValueError where the bounds are none, or where packed sequences that start at 0 have too few sets."""
+    batch, sets = index.shape[:2]
+    queries = _packing.sequences(batch, q.shape[1], cu_seqlens, q.device)
+    slots = _packing.sequences(batch, k.shape[1], cu_slots, q.device, name="cu_slots")
+    if cu_seqlens is None:
+        sequence = torch.arange(batch * sets, device=q.device) // max(sets, 1)
+        return Places(queries, slots, sequence, torch.arange(batch, device=q.device) * sets)
+    lengths = queries.bounds.diff()
+    phase = 0 if start is None else start.to(lengths) % query_block
+    counts = torch.where(lengths > 0, (phase + lengths - 1) // query_block + 1, 0)
+    ends = counts.cumsum(0)
+    if start is None and queries.count:
+        needed = sum(-(-length // query_block) for length in cu_seqlens.diff().tolist())
+        if sets < needed:
+            raise ValueError(f"index: expected at least {needed} sets, got {sets}")
+    sequence = torch.searchsorted(ends, torch.arange(sets, device=q.device), right=True)
+    return Places(queries, slots, sequence.clamp(max=max(queries.count - 1, 0)), ends - counts)
