@@ -42,7 +42,7 @@ def forward(x: Tensor, weight: Tensor, threshold: Tensor | None, normalise: bool
             heads, TABLES=tables, BITS=bits, DIM=dim, PROBES=probes, THRESHOLD=threshold is not None,
             NORMALISE=normalise, CROSS_POLYTOPE=family == "cross_polytope", BLOCK_TOKENS=block_tokens,
             BLOCK_TABLES=block_tables, BLOCK_BITS=block_bits, BLOCK_DIM=block_dim,
-            num_warps=8 if block_tables * block_bits >= _ROWS else 4, num_stages=2,
+            num_warps=8 if block_tables * block_bits >= _ROWS or x.dtype == torch.float32 else 4, num_stages=2,
         )  # fmt: skip
     return codes
 
