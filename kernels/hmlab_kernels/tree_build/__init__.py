@@ -21,12 +21,12 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..tree_attention.levels import Level
-from . import eager, plan, reference
+from . import eager, native, plan, reference
 from .plan import depth
 
 __all__ = ["IMPLEMENTATIONS", "STAGED", "depth", "tree_build", "tree_levels"]
 
-IMPLEMENTATIONS = ("eager", "reference")
+IMPLEMENTATIONS = ("native", "eager", "reference")
 STAGED = ("eager", "reference")
 OUTPUTS = ("nodes",)
 
@@ -126,7 +126,7 @@ def _form(impl: str):
         from . import fused
 
         return fused
-    return {"eager": eager}[impl]
+    return {"native": native, "eager": eager}[impl]
 
 
 @torch.library.custom_op("hmlab::tree_build", mutates_args=())

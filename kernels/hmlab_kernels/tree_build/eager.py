@@ -27,9 +27,7 @@ def forward(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: Tensor | None, n
 
 def backward(grad: Tensor, flat: Tensor, leaves: Tensor, taps: Tensor, bias: Tensor, deeper: Tensor | None,
              norm: Tensor | None, carried: Tensor | None, position: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-    first, _ = plan.begin(leaves, None)
-    if plan.carry and carried is not None:
-        first[:, : plan.carry] = carried[:, : plan.carry]
+    first = plan.leaves(leaves, carried)
     grad_first, grad_flat = torch.zeros_like(first), grad.clone(memory_format=torch.contiguous_format)
     grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(bias)
     grad_deeper = torch.zeros_like(deeper) if deeper is not None else bias.new_empty(0)
@@ -92,7 +90,7 @@ def _add_to_children(grad_below: Tensor, grad_x: Tensor, level: int, places: Ten
 
 def _mix(x: Tensor, taps: Tensor, bias: Tensor, plan: Plan) -> Tensor:
     """`[slots + expansion, banks, items, dim]`: tap j of the expander carries a slot j places up."""
-    slots, some, items, width = x.shape
+    slots, items = x.shape[0], x.shape[2]
     if slots == 1 and plan.expansion == 0:  # one product with the bias inside
         return torch.baddbmm(bias[:, None], x[0].expand(plan.banks, -1, -1), taps[0])[None]
     mixed = bias[:, None].expand(slots + plan.expansion, -1, items, -1).contiguous()

@@ -69,21 +69,27 @@ class Plan(NamedTuple):
 
     def tables(self, flat: Tensor) -> list[Tensor]:
         """Views `[slots, batch, nodes, dim]` of levels 1 .. depth."""
-        return [
-            flat[level.offset : level.offset + level.slots * level.slot].view(level.slots, self.batch, -1, flat.shape[1])
-            for level in self.levels()
-        ]
+        tables = []
+        for offset, nodes, _, slot, slots, _ in self.levels():
+            tables.append(flat[offset : offset + slots * slot].view(slots, self.batch, nodes, self.dim))
+        return tables
 
     def begin(self, leaves: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """The table of level 0, `[batch, carry + time, dim]`, and the flat table with the earlier nodes in place."""
         flat = leaves.new_empty(self.rows, self.dim)
+        if self.carry:
+            for table, held in zip(self.tables(flat), self._carried(carried)[1:], strict=True):
+                table[:, :, : self.carry] = 0 if held is None else held
+        return self.leaves(leaves, carried), flat
+
+    def leaves(self, leaves: Tensor, carried: Tensor | None) -> Tensor:
+        """The table of level 0, `[batch, carry + time, dim]`."""
         if self.carry == 0:
-            return leaves.contiguous(), flat
-        first = leaves.new_empty(self.batch, self.carry + self.time, self.dim)
-        first[:, self.carry :] = leaves
-        for table, held in zip([first[None], *self.tables(flat)], self._carried(carried), strict=True):
-            table[:, :, : self.carry] = 0 if held is None else held
-        return first, flat
+            return leaves.contiguous()
+        held = leaves.new_zeros(self.batch, self.carry, self.dim)
+        if carried is not None and carried.shape[1]:
+            held = carried[:, : self.carry]
+        return torch.cat([held, leaves], 1)
 
     def end(self, grad_first: Tensor, grad_flat: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """The reverse of `begin`: gradients of leaves and of `carried` (empty where there was none)."""
