@@ -14,10 +14,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 # No -ffast-math: infinities and NaN must pass through, and exp() relies on the order of its operations.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
+
+_HEADERS = Path(__file__).parent  # what several sources include
 
 
 @functools.cache
@@ -36,14 +42,16 @@ def library(source: Path) -> ctypes.CDLL:
     if cxx is None:
         raise RuntimeError(f"{source.name}: a C++ compiler is needed (g++ or clang++ on PATH, or CXX), none was found")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    identity = "\0".join([source.read_text(), *_FLAGS, version, _processor()])
+    shared = [header.read_text() for header in sorted(_HEADERS.glob("*.hpp"))]
+    identity = "\0".join([source.read_text(), *shared, *_FLAGS, version, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmlab" / "native"
-    target = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = folder / f"{source.parent.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as partial:
             pass
-        built = subprocess.run([cxx, *_FLAGS, str(source), "-o", partial.name], capture_output=True, text=True)
+        command = [cxx, *_FLAGS, f"-I{_HEADERS}", str(source), "-o", partial.name]
+        built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             os.unlink(partial.name)
             raise RuntimeError(f"{source.name}: {cxx} failed:\n{built.stderr.strip()}")
@@ -58,3 +66,30 @@ def _processor() -> str:
         return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     except OSError:
         return platform.processor() + platform.machine()
+
+
+def call(source: Path, name: str, *arguments: Tensor | Sequence[int] | float | None) -> None:
+    """Call a function of a source: tensors (contiguous, or with their strides among the sizes) and None as pointers,
+    integers as an array of int64, floats as doubles."""
+    getattr(library(source), name)(*map(_argument, arguments))
+
+
+def _argument(value: Tensor | Sequence[int] | float | None) -> object:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return (ctypes.c_int64 * len(value))(*value)
+
+
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[batch, time, ...]` as `[batch * time, ...]` in a dtype of the C++ forms, its last axis without gaps."""
+    x = x.flatten(0, 1).to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the C++ forms compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

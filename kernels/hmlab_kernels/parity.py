@@ -20,8 +20,8 @@ from torch import Tensor
 from . import OPS, implementations
 
 # What rounding may cost, in units of the dtype's spacing at the size of what is compared (the value itself plus the
-# typical value of its tensor). float32: sums over some hundred terms; half types: operands rounded once more on the way.
-_SLACK = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
+# typical value of its tensor). Wide types: sums over some hundred terms; half types: an operand or two rounded on the way.
+_SLACK = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
 class Draw:

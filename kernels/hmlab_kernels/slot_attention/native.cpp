@@ -188,6 +188,7 @@ void queries_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& o
                 const int64_t at = at_head(r);
                 T* to = of.dq + at * D;
                 std::fill_n(to, D, T(0));
+                if (!std::isfinite(of.lse[at])) continue;
                 slots_of(s, set, g, [&](int64_t slot, int64_t visible) {
                     if (visible > set.first + r / shared) return;
                     const T* key = in.k + slot * s.k_slot + kv * s.k_head;
