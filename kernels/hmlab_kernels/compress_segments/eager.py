@@ -1,0 +1,91 @@
+"""Compressed segments in vectorised PyTorch on any device, some segments at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Numbers in the keys, or the shares, of the segments held at once; on a CPU they then stay in its caches.
+_ELEMENTS = {"cpu": 1 << 18}
+_ELEMENTS_ELSEWHERE = 1 << 25
+
+
+def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, dim = k.shape
+    shape = (batch, len(starts), queries.shape[1], heads)
+    sums = torch.promote_types(k.dtype, torch.float32)
+    all_k, all_v = (k.new_empty(*shape, dim) for _ in range(2))
+    all_mass, position = (k.new_empty(shape, dtype=sums) for _ in range(2))
+    for b, some, keys, values in _segments(k, v, queries, starts, segment):
+        _, mean, mass, _ = _shares(keys, queries.to(sums), count[b, some], scale)
+        place = torch.arange(segment, dtype=sums, device=k.device)
+        all_k[b, some] = (mean @ keys).transpose(1, 2)
+        all_v[b, some] = (mean @ values).transpose(1, 2)
+        all_mass[b, some] = mass.mT
+        position[b, some] = (mean @ place).mT
+    return all_k, all_v, all_mass, position
+
+
+def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float,
+             grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.promote_types(k.dtype, torch.float32)
+    into_k, into_v = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    rows = queries.to(sums)
+    into_queries = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    place = torch.arange(segment, dtype=sums, device=k.device)
+    for b, some, keys, values in _segments(k, v, queries, starts, segment):
+        share, mean, _, identity = _shares(keys, rows, count[b, some], scale)
+        from_k, from_v = (g[b, some].transpose(1, 2).to(sums) for g in (grad_k, grad_v))
+        from_mass, from_position = (g[b, some].mT[..., None].to(sums) for g in (grad_mass, grad_position))
+        pull = from_k @ keys.mT + from_v @ values.mT + from_position * place
+        # by log A, through the softmax over tokens and the mass; then through the softmax over slots
+        by_log = mean * (pull - (mean * pull).sum(-1, keepdim=True)) + share * from_mass
+        by_logit = scale * (by_log - share * by_log.sum(-2, keepdim=True)).masked_fill(identity, 0)
+        tokens = _tokens(starts[some], segment)
+        into_k[b, tokens] = (mean.mT @ from_k + by_logit.mT @ rows).transpose(1, 2).to(k.dtype)
+        into_v[b, tokens] = (mean.mT @ from_v).transpose(1, 2).to(v.dtype)
+        into_queries += torch.einsum("ghmi,ghid->hmd", by_logit, keys)
+    return into_k, into_v, into_queries.to(queries.dtype)
+
+
+def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of segments `[segments, heads, segment, dim]`: A and A / mass `[segments, heads, most, segment]`, the mass, and
+    which of them `[segments, heads, 1, 1]` are kept as they are."""
+    segment, most = keys.shape[2], queries.shape[1]
+    count = count[:, :, None, None]
+    slot = torch.arange(most, device=keys.device)[:, None]
+    logits = torch.einsum("hmd,ghid->ghmi", queries, keys) * scale
+    log_share = logits.masked_fill_(slot >= count, -torch.inf)
+    log_share -= log_share.logsumexp(2, keepdim=True).nan_to_num_(neginf=0)
+    share = log_share.exp()
+    top = log_share.amax(-1, keepdim=True).nan_to_num_(neginf=0)
+    mean = (log_share - top).exp()
+    total = mean.sum(-1, keepdim=True)
+    mean /= torch.where(total > 0, total, 1)
+    mass = (total * top.exp())[..., 0]
+    identity = count >= segment
+    if most == segment:
+        mean = torch.where(identity, torch.eye(segment, dtype=mean.dtype, device=mean.device), mean)
+        mass = torch.where(identity[..., 0], 1, mass)
+    return share, mean, mass, identity & (most == segment)
+
+
+def _segments(k: Tensor, v: Tensor, queries: Tensor, starts: Tensor, segment: int
+              ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Row, which segments, and their keys and values `[segments, heads, segment, dim]` in at least float32."""
+    batch, _, heads, dim = k.shape
+    sums = torch.promote_types(k.dtype, torch.float32)
+    most = _ELEMENTS.get(k.device.type, _ELEMENTS_ELSEWHERE)
+    step = max(1, most // (heads * segment * max(dim, queries.shape[1])))
+    for b in range(batch):
+        for first in range(0, len(starts), step):
+            some = slice(first, min(first + step, len(starts)))
+            tokens = _tokens(starts[some], segment)
+            yield b, some, *(x[b, tokens].transpose(1, 2).to(sums) for x in (k, v))
+
+
+def _tokens(starts: Tensor, segment: int) -> Tensor:
+    return starts[:, None] + torch.arange(segment, device=starts.device)
