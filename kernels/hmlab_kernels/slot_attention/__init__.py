@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _dispatch, _packing
-from . import eager, reference
+from . import eager, native, reference
 from ._merge import merge
 
 __all__ = ["IMPLEMENTATIONS", "merge", "slot_attention"]
 
-IMPLEMENTATIONS = ("eager", "reference")
+IMPLEMENTATIONS = ("native", "eager", "reference")
 OUTPUTS = ("out", "lse")
 
 
@@ -124,8 +124,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
 
 
 def _form(impl: str):
-    if impl == "eager":
-        return eager
+    if impl != "fused":
+        return {"native": native, "eager": eager}[impl]
     from . import fused  # needs triton
 
     return fused

@@ -15,7 +15,7 @@ from . import places
 from ._merge import merge
 
 # Elements of keys gathered at once: for caches on a CPU, for full launches elsewhere.
-_GATHERED = {"cpu": 1 << 18}
+_GATHERED = {"cpu": 1 << 20}
 _GATHERED_ELSEWHERE = 1 << 24
 # From this many queries per set on, PyTorch's own CPU kernel beats products and a softmax.
 _FLASH_ROWS = 32

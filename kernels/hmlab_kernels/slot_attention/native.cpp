@@ -129,7 +129,7 @@ void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* 
                 const int n = int(std::min<int64_t>(L, all - r0));
                 const T* row[L];
                 for (int j = 0; j < n; ++j) row[j] = query(r0 + j);
-                transpose(row, n, D, in.scale, qt);
+                transpose(row, n, D, qt);
                 std::fill_n(sums, D * L, T(0));
                 std::fill_n(total, L, T(0));
                 std::fill_n(top, L, -inf);
@@ -144,9 +144,9 @@ void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* 
                     const int64_t unseen = std::max<int64_t>(visible - set.first, 0) * shared - r0;
                     rows.add(in.k + slot * s.k_slot + kv * s.k_head, in.v + slot * s.v_slot + kv * s.v_head,
                              in.bias_of(s, slot, kv), int(std::clamp<int64_t>(unseen, 0, n)), n);
-                    if (rows.full()) attend(qt, rows, D, scratch, top, total, sums);
+                    if (rows.full()) attend(qt, rows, D, scratch, in.scale, top, total, sums);
                 });
-                attend(qt, rows, D, scratch, top, total, sums);
+                attend(qt, rows, D, scratch, in.scale, top, total, sums);
                 for (int j = 0; j < n; ++j) {
                     const int64_t at = at_head(r0 + j);
                     const T share = total[j] > 0 ? 1 / total[j] : 0;
@@ -210,8 +210,8 @@ void queries_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& o
                 lane_lse[j] = std::isfinite(of.lse[at]) ? of.lse[at] : T(0);
                 lane_delta[j] = of.delta[at];
             }
-            transpose(x, n, D, T(1), xt);
-            transpose(y, n, D, T(1), yt);
+            transpose(x, n, D, xt);
+            transpose(y, n, D, yt);
             std::fill_n(dx, D * L, T(0));
             const auto take = [&] {
                 if (!rows.n) return;
@@ -306,8 +306,8 @@ void slots_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of,
                 lane_bias[j] = in.bias_of(s, first + j, kv);
                 if (s.visible) latest = std::max(latest, s.visible[first + j]);
             }
-            transpose(x, n, D, T(1), xt);
-            transpose(y, n, D, T(1), yt);
+            transpose(x, n, D, xt);
+            transpose(y, n, D, yt);
             std::fill_n(dx, 2 * D * L, T(0));
             std::fill_n(lane_dbias, L, T(0));
             int64_t number[kChunk];

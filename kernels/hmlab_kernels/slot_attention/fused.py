@@ -1,0 +1,439 @@
+"""Slot attention in Triton, for CUDA.
+
+Forward and the gradients of queries: a program per set, head group and tile of its rows (row = query of the set, head
+of the group), which gathers the picked slots tile by tile under a running softmax. The joined attention is where that
+softmax starts, so it is read once and costs no pass of its own. Gradients of slots: the index is inverted by a sort,
+then a program per tile of a slot block and kv head walks the sets that picked it. No atomics: deterministic.
+
+Tiles of rows × slots go through the matrix units; a set with a single row (own sets, own heads) reads each slot for
+one product only and is summed directly. Inputs of all strides but the last are read in place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _launch
+from . import places
+
+LOG2E = tl.constexpr(math.log2(math.e))  # the softmax runs in powers of 2
+LN2 = tl.constexpr(math.log(2))
+
+
+def rows_per_tile(rows: int, dim: int) -> int:
+    """Rows of a set that a program holds; 1 where a set has no more."""
+    if rows == 1:
+        return 1
+    return min(max(16, triton.next_power_of_2(rows)), 128 if dim <= 64 else 64 if dim <= 256 else 32)
+
+
+def _slots_per_tile(slots: int, dim: int) -> int:
+    return min(max(16, triton.next_power_of_2(slots)), 64 if dim <= 128 else 32)
+
+
+@triton.jit
+def _sequence(set_, sets, sequence_of, first_set, start, cu_seqlens, time,
+              QUERY_BLOCK: tl.constexpr, STARTED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """Of sets: the sequence, where it begins (its batch row or, packed, its first token), its length, and the number
+    of the set's first query in it (below 0 where the sequence starts inside the block)."""
+    if PACKED:
+        sequence = tl.load(sequence_of + set_)
+        begin = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - begin
+        first = (set_ - tl.load(first_set + sequence)) * QUERY_BLOCK
+    else:
+        sequence = set_ // sets
+        begin = sequence
+        length = sequence * 0 + time
+        first = (set_ - sequence * sets) * QUERY_BLOCK
+    if STARTED:
+        first -= tl.load(start + sequence) % QUERY_BLOCK
+    return sequence, begin, length, first
+
+
+@triton.jit
+def _slot_range(sequence, cu_slots, slots, PACKED: tl.constexpr):
+    """Where a sequence's slots begin (batch row or, packed, first slot) and how many there are."""
+    if PACKED:
+        begin = tl.load(cu_slots + sequence)
+        count = tl.load(cu_slots + sequence + 1) - begin
+    else:
+        begin = sequence
+        count = sequence * 0 + slots
+    return begin, count
+
+
+@triton.jit
+def _picked(entries, n, reads, count, SLOT_BLOCK: tl.constexpr):
+    """The slots that places n of a set stand for, and whether there are any."""
+    entry = tl.load(entries + n // SLOT_BLOCK, mask=n < reads, other=-1).to(tl.int64)
+    slot = entry * SLOT_BLOCK + n % SLOT_BLOCK
+    exists = (entry >= 0) & (slot < count)
+    return tl.where(exists, slot, 0), exists
+
+
+@triton.jit
+def _outer(a, b):
+    """a @ b^T of tiles [rows, dim], [slots, dim]; summed directly for a single row."""
+    if a.shape[0] == 1:
+        return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
+    else:
+        return _launch.dot(a, tl.trans(b))
+
+
+@triton.jit
+def _weigh(weight, x):
+    """weight @ x of tiles [rows, slots], [slots, dim]; summed directly for a single row."""
+    if weight.shape[0] == 1:
+        return tl.sum(tl.trans(weight) * x.to(tl.float32), 0)[None, :]
+    else:
+        return _launch.dot(weight.to(x.dtype), x)
+
+
+@triton.jit
+def _rows(tile, group, begin, length, first, time, heads, QUERY_BLOCK: tl.constexpr, SHARE: tl.constexpr,
+          ROWS: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """Of a tile of a set's rows: query, head, whether there is one, and its place in what is [tokens, heads]."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    query = first + row // SHARE
+    head = group * SHARE + row % SHARE
+    token = (begin if PACKED else begin * time) + query
+    return query, head, (row < QUERY_BLOCK * SHARE) & (query >= 0) & (query < length), token * heads + head
+
+
+@triton.jit
+def _scores(queries, keys, query, is_row, flat_slot, exists, kv_head, kv_heads, bias, visible, scale,
+            BIASED: tl.constexpr, HIDING: tl.constexpr):  # fmt: skip
+    """In powers of 2, −inf where a row does not see a slot."""
+    score = _outer(queries, keys) * (scale * LOG2E)
+    if BIASED:
+        score += (tl.load(bias + flat_slot * kv_heads + kv_head, mask=exists, other=0) * LOG2E)[None, :]
+    sees = is_row[:, None] & exists[None, :]
+    if HIDING:
+        sees = sees & (query[:, None] >= tl.load(visible + flat_slot, mask=exists, other=0)[None, :])
+    return tl.where(sees, score, float("-inf"))
+
+
+@triton.jit
+def _forward(
+    q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, out_w, lse_w, out, lse,
+    q_s, q_t, q_h, k_s, k_n, k_h, v_s, v_n, v_h, w_s, w_t, w_h,
+    time, slots, sets, groups, heads, kv_heads, reads, row_tiles, scale,
+    DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, BIASED: tl.constexpr, HIDING: tl.constexpr, STARTED: tl.constexpr,
+    PACKED: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    set_ = (tl.program_id(0) // row_tiles).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    sequence, begin, length, first = _sequence(
+        set_, sets, sequence_of, first_set, start, cu_seqlens, time, QUERY_BLOCK, STARTED, PACKED
+    )
+    slot_begin, count = _slot_range(sequence, cu_slots, slots, PACKED)
+    query, head, is_row, flat = _rows(
+        tl.program_id(0) % row_tiles, group, begin, length, first, time, heads, QUERY_BLOCK, SHARE, ROWS, PACKED
+    )
+    kv_head = group * kv_heads // groups
+    column = tl.arange(0, BLOCK_D)
+    is_dim = column < DIM
+    inside = is_row[:, None] & is_dim[None, :]
+    queries = tl.load(q + (begin * q_s + query * q_t + head * q_h)[:, None] + column[None, :], mask=inside, other=0)
+    if JOINED:
+        top = tl.load(lse_w + flat, mask=is_row, other=float("-inf")) * LOG2E
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        read = tl.load(
+            out_w + (begin * w_s + query * w_t + head * w_h)[:, None] + column[None, :],
+            mask=inside & (total > 0)[:, None], other=0,
+        ).to(tl.float32)  # fmt: skip
+    else:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        read = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    entries = index + (set_ * groups + group) * (reads // SLOT_BLOCK)
+    keys_at = k + slot_begin * k_s + kv_head * k_h
+    values_at = v + slot_begin * v_s + kv_head * v_h
+    flat_slots = slot_begin if PACKED else slot_begin * slots
+    for n in range(0, reads, SLOTS):
+        slot, exists = _picked(entries, n + tl.arange(0, SLOTS), reads, count, SLOT_BLOCK)
+        is_key = exists[:, None] & is_dim[None, :]
+        keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
+        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible, scale,
+                        BIASED, HIDING)  # fmt: skip
+        new_top = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weight = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 1)
+        values = tl.load(values_at + (slot * v_n)[:, None] + column[None, :], mask=is_key, other=0)
+        read = read * shrink[:, None] + _weigh(weight, values)
+        top = new_top
+    safe = tl.where(total > 0, total, 1.0)
+    read = read / safe[:, None]
+    tl.store(out + (flat * DIM)[:, None] + column[None, :], read.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + flat, tl.where(total > 0, (top + tl.log2(safe)) * LN2, float("-inf")), mask=is_row)
+
+
+@triton.jit
+def _backward_queries(
+    q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, out_w, lse_w, out, lse,
+    grad_out, grad_lse, grad_q, grad_out_w, grad_lse_w, delta,
+    q_s, q_t, q_h, k_s, k_n, k_h, v_s, v_n, v_h, w_s, w_t, w_h, g_s, g_t, g_h,
+    time, slots, sets, groups, heads, kv_heads, reads, row_tiles, scale,
+    DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, BIASED: tl.constexpr, HIDING: tl.constexpr, STARTED: tl.constexpr,
+    PACKED: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    set_ = (tl.program_id(0) // row_tiles).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    sequence, begin, length, first = _sequence(
+        set_, sets, sequence_of, first_set, start, cu_seqlens, time, QUERY_BLOCK, STARTED, PACKED
+    )
+    slot_begin, count = _slot_range(sequence, cu_slots, slots, PACKED)
+    query, head, is_row, flat = _rows(
+        tl.program_id(0) % row_tiles, group, begin, length, first, time, heads, QUERY_BLOCK, SHARE, ROWS, PACKED
+    )
+    kv_head = group * kv_heads // groups
+    column = tl.arange(0, BLOCK_D)
+    is_dim = column < DIM
+    inside = is_row[:, None] & is_dim[None, :]
+    at = (flat * DIM)[:, None] + column[None, :]
+    queries = tl.load(q + (begin * q_s + query * q_t + head * q_h)[:, None] + column[None, :], mask=inside, other=0)
+    given = tl.load(
+        grad_out + (begin * g_s + query * g_t + head * g_h)[:, None] + column[None, :], mask=inside, other=0
+    )
+    product = tl.sum(given.to(tl.float32) * tl.load(out + at, mask=inside, other=0).to(tl.float32), 1)
+    shift = product - tl.load(grad_lse + flat, mask=is_row, other=0)
+    tl.store(delta + flat, shift, mask=is_row)
+    base = tl.load(lse + flat, mask=is_row, other=float("-inf")) * LOG2E
+    base = tl.where(base > float("-inf"), base, float("inf"))  # an empty set gives no weight
+    if JOINED:
+        share = tl.exp2(tl.load(lse_w + flat, mask=is_row, other=float("-inf")) * LOG2E - base)
+        value = tl.load(
+            out_w + (begin * w_s + query * w_t + head * w_h)[:, None] + column[None, :],
+            mask=inside & (share > 0)[:, None], other=0,
+        ).to(tl.float32)  # fmt: skip
+        grad_share = tl.sum(given.to(tl.float32) * value, 1)
+        tl.store(grad_lse_w + flat, share * (grad_share - shift), mask=is_row)
+        grad_value = share[:, None] * given.to(tl.float32)
+        tl.store(grad_out_w + at, grad_value.to(grad_out_w.dtype.element_ty), mask=inside)
+    entries = index + (set_ * groups + group) * (reads // SLOT_BLOCK)
+    keys_at = k + slot_begin * k_s + kv_head * k_h
+    values_at = v + slot_begin * v_s + kv_head * v_h
+    flat_slots = slot_begin if PACKED else slot_begin * slots
+    result = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for n in range(0, reads, SLOTS):
+        slot, exists = _picked(entries, n + tl.arange(0, SLOTS), reads, count, SLOT_BLOCK)
+        is_key = exists[:, None] & is_dim[None, :]
+        keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
+        values = tl.load(values_at + (slot * v_n)[:, None] + column[None, :], mask=is_key, other=0)
+        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible, scale,
+                        BIASED, HIDING)  # fmt: skip
+        weight = tl.exp2(score - base[:, None])
+        result += _weigh(weight * (_outer(given, values) - shift[:, None]), keys)
+    tl.store(grad_q + at, (result * scale).to(grad_q.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_slots(
+    q, k, v, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, block_sequence, first_block,
+    order, offsets, lse, delta, grad_out, grad_k, grad_v, grad_bias,
+    q_s, q_t, q_h, k_s, k_n, k_h, v_s, v_n, v_h, g_s, g_t, g_h,
+    time, slots, sets, groups, heads, kv_heads, picks, blocks, slot_tiles, scale,
+    DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, BIASED: tl.constexpr, HIDING: tl.constexpr, STARTED: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    block = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    if PACKED:
+        of = tl.load(block_sequence + block)
+        place = block - tl.load(first_block + of)
+    else:
+        of = block // blocks
+        place = block - of * blocks
+    slot_begin, count = _slot_range(of, cu_slots, slots, PACKED)
+    within = (tl.program_id(0) % slot_tiles) * SLOTS + tl.arange(0, SLOTS)
+    slot = place * SLOT_BLOCK + within
+    exists = (within < SLOT_BLOCK) & (slot < count)
+    column = tl.arange(0, BLOCK_D)
+    is_dim = column < DIM
+    is_key = exists[:, None] & is_dim[None, :]
+    keys = tl.load(k + (slot_begin * k_s + slot * k_n + kv_head * k_h)[:, None] + column[None, :], mask=is_key, other=0)
+    values = tl.load(v + (slot_begin * v_s + slot * v_n + kv_head * v_h)[:, None] + column[None, :], mask=is_key, other=0)
+    flat_slot = ((slot_begin if PACKED else slot_begin * slots) + slot) * kv_heads + kv_head
+    if BIASED:
+        mass = tl.load(bias + flat_slot, mask=exists, other=0) * LOG2E
+    if HIDING:
+        since = tl.load(visible + (slot_begin if PACKED else slot_begin * slots) + slot, mask=exists, other=0)
+    result_k = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+    result_v = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+    result_bias = tl.zeros([SLOTS], tl.float32)
+    low = tl.load(offsets + block * kv_heads + kv_head)
+    rows = (tl.load(offsets + block * kv_heads + kv_head + 1) - low) * (QUERY_BLOCK * SHARE)
+    for n in range(0, rows, ROWS):
+        row = n + tl.arange(0, ROWS)
+        entry = tl.load(order + low + row // (QUERY_BLOCK * SHARE), mask=row < rows, other=0)
+        set_ = entry // (groups * picks)
+        group = entry // picks % groups
+        sequence, begin, length, first = _sequence(
+            set_, sets, sequence_of, first_set, start, cu_seqlens, time, QUERY_BLOCK, STARTED, PACKED
+        )
+        query = first + row % (QUERY_BLOCK * SHARE) // SHARE
+        head = group * SHARE + row % SHARE
+        is_row = (row < rows) & (query >= 0) & (query < length)
+        inside = is_row[:, None] & is_dim[None, :]
+        flat = ((begin if PACKED else begin * time) + query) * heads + head
+        queries = tl.load(q + (begin * q_s + query * q_t + head * q_h)[:, None] + column[None, :], mask=inside, other=0)
+        given = tl.load(
+            grad_out + (begin * g_s + query * g_t + head * g_h)[:, None] + column[None, :], mask=inside, other=0
+        )
+        base = tl.load(lse + flat, mask=is_row, other=float("-inf")) * LOG2E
+        base = tl.where(base > float("-inf"), base, float("inf"))
+        shift = tl.load(delta + flat, mask=is_row, other=0)
+        score = _launch.dot(keys, tl.trans(queries)) * (scale * LOG2E)  # [slots, rows], so that no sum needs a turn
+        if BIASED:
+            score += mass[:, None]
+        sees = exists[:, None] & is_row[None, :]
+        if HIDING:
+            sees = sees & (query[None, :] >= since[:, None])
+        weight = tl.exp2(tl.where(sees, score, float("-inf")) - base[None, :])
+        result_v += _launch.dot(weight.to(given.dtype), given)
+        grad_score = weight * (_launch.dot(values, tl.trans(given)) - shift[None, :])
+        result_k += _launch.dot(grad_score.to(queries.dtype), queries)
+        if BIASED:
+            result_bias += tl.sum(grad_score, 1)
+    at = (flat_slot * DIM)[:, None] + column[None, :]
+    tl.store(grad_k + at, (result_k * scale).to(grad_k.dtype.element_ty), mask=is_key)
+    tl.store(grad_v + at, result_v.to(grad_v.dtype.element_ty), mask=is_key)
+    if BIASED:
+        tl.store(grad_bias + flat_slot, result_bias, mask=exists)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor | None, visible: Tensor | None,
+    start: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, out_w: Tensor | None,
+    lse_w: Tensor | None, query_block: int, slot_block: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    call = _Call(q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, out_w, lse_w, query_block, slot_block)
+    if out.numel():
+        with _launch.on(q):
+            _forward[call.grid](
+                *call.tensors, out, lse, *call.strides, *call.sizes, scale, **call.constants, JOINED=out_w is not None
+            )
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor | None, visible: Tensor | None,
+    start: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, out_w: Tensor | None,
+    lse_w: Tensor | None, query_block: int, slot_block: int, scale: float,
+    out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, bias, out_w, lse_w))
+    grad_q, grad_k, grad_v, grad_bias, grad_out_w, grad_lse_w = gradients
+    if not out.numel():
+        return tuple(g.zero_() for g in gradients)
+    call = _Call(q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, out_w, lse_w, query_block, slot_block)
+    grad_out, grad_lse = _launch.unit_stride(grad_out), grad_lse.contiguous()
+    given_strides = _strides(grad_out, call.packed)
+    delta = torch.empty_like(lse)
+    with _launch.on(q):
+        _backward_queries[call.grid](
+            *call.tensors, out, lse, grad_out, grad_lse, grad_q, grad_out_w, grad_lse_w, delta,
+            *call.strides, *given_strides, *call.sizes, scale, **call.constants, JOINED=out_w is not None,
+        )  # fmt: skip
+        if k.numel():
+            call.backward_slots(lse, delta, grad_out, given_strides, grad_k, grad_v, grad_bias, scale)
+    return gradients
+
+
+class _Call:
+    """A call's arguments as the kernels take them."""
+
+    def __init__(self, q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, out_w, lse_w, query_block,
+                 slot_block) -> None:  # fmt: skip
+        self.packed = cu_seqlens is not None
+        self.sequences = sequence_of = first_set = None
+        if self.packed:
+            self.sequences = places.find(q, k, index, start, cu_seqlens, cu_slots, query_block)
+            cu_seqlens, cu_slots = self.sequences.queries.bounds, self.sequences.slots.bounds
+            sequence_of, first_set = self.sequences.sequence, self.sequences.first_set
+        q, k, v = (_launch.unit_stride(x) for x in (q, k, v))
+        out_w = None if out_w is None else _launch.unit_stride(out_w)
+        index, bias, visible, start, lse_w = (
+            None if x is None else x.contiguous() for x in (index, bias, visible, start, lse_w)
+        )
+        self.tensors = (q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, out_w, lse_w)
+        self.strides = tuple(stride for x in (q, k, v, out_w) for stride in _strides(x, self.packed))
+        (_, time, heads, dim), (slots, kv_heads) = q.shape, k.shape[1:3]
+        batch, sets, groups, picks = index.shape
+        share = heads // groups
+        rows = rows_per_tile(query_block * share, dim)
+        row_tiles = triton.cdiv(query_block * share, rows)
+        self.grid = batch * sets * row_tiles, groups
+        # Without slots there is nothing to load from: not even a masked address.
+        reads = picks * slot_block if slots else 0
+        self.sizes = time, slots, sets, groups, heads, kv_heads, reads, row_tiles
+        self.constants = {
+            "DIM": dim, "QUERY_BLOCK": query_block, "SLOT_BLOCK": slot_block, "SHARE": share, "ROWS": rows,
+            "SLOTS": _slots_per_tile(picks * slot_block, dim), "BLOCK_D": _launch.block_dim(dim),
+            "BIASED": bias is not None, "HIDING": visible is not None, "STARTED": start is not None,
+            "PACKED": self.packed, **_schedule(rows, dim, q.element_size()),
+        }  # fmt: skip
+
+    def backward_slots(self, lse, delta, grad_out, given_strides, grad_k, grad_v, grad_bias, scale) -> None:
+        q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, *_ = self.tensors
+        time, slots, sets, groups, heads, kv_heads, *_ = self.sizes
+        dim, slot_block = q.shape[3], self.constants["SLOT_BLOCK"]
+        per_tile = _slots_per_tile(slot_block, dim)
+        slot_tiles = triton.cdiv(slot_block, per_tile)
+        rows = 64 if dim <= 128 else 32
+        blocks = triton.cdiv(slots, slot_block)
+        block_sequence = first_block = None
+        if self.packed:
+            counts = (cu_slots.diff() + slot_block - 1) // slot_block
+            ends = counts.cumsum(0)
+            first_block = ends - counts
+            all_blocks = slots // slot_block + len(counts)  # as many or more, known without reading the counts
+            block_sequence = torch.searchsorted(ends, torch.arange(all_blocks, device=q.device), right=True)
+            block_sequence.clamp_(max=len(counts) - 1)
+            first, limit = (x[sequence_of, None, None] for x in (first_block, counts))
+        else:
+            all_blocks = q.shape[0] * blocks
+            first, limit = (torch.arange(q.shape[0], device=q.device) * blocks)[:, None, None, None], blocks
+        order, offsets = _inverted(index, first, limit, all_blocks, kv_heads)
+        constants = self.constants | {"ROWS": rows, "SLOTS": per_tile} | _schedule(rows, dim, q.element_size())
+        _backward_slots[all_blocks * slot_tiles, kv_heads](
+            q, k, v, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, block_sequence, first_block,
+            order, offsets, lse, delta, grad_out, grad_k, grad_v, grad_bias, *self.strides[:9], *given_strides,
+            time, slots, sets, groups, heads, kv_heads, index.shape[3], blocks, slot_tiles, scale, **constants,
+        )  # fmt: skip
+
+
+def _inverted(index: Tensor, first: Tensor, limit: Tensor | int, blocks: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Which entries of the flat index picked a slot block for a kv head: order[offsets[block · kv_heads + kv_head]:]
+    up to the next offset, ascending. first, limit: the sequence's first block, and how many it has."""
+    total = blocks * kv_heads
+    kind = torch.int32 if total < 2**31 - 1 else torch.int64
+    groups = index.shape[2]
+    kv_head = torch.arange(groups, device=index.device)[:, None] // (groups // kv_heads)
+    picker = torch.where((index >= 0) & (index < limit), (first + index) * kv_heads + kv_head, total).to(kind)
+    found, order = picker.flatten().sort(stable=True)
+    return order, torch.searchsorted(found, torch.arange(total + 1, device=index.device, dtype=kind))
+
+
+def _strides(x: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    """From one sequence's beginning to the next unit of it, token to token, head to head."""
+    if x is None:
+        return 0, 0, 0
+    return x.stride(1) if packed else x.stride(0), x.stride(1), x.stride(2)
+
+
+def _schedule(rows: int, dim: int, itemsize: int) -> dict[str, int]:
+    # Two tiles in flight where shared memory takes them.
+    return {"num_warps": 8 if rows >= 128 else 4, "num_stages": 2 if itemsize == 2 or dim <= 64 else 1}
