@@ -78,10 +78,10 @@ inline V<double> exponential(V<double> x) {
 
 // A tile's vectors transposed: dim x lanes, lanes beyond `n` zero.
 template <typename T>
-void transpose(const T* const* row, int n, int64_t dim, T scale, T* xt) {
+void transpose(const T* const* row, int n, int64_t dim, T* xt) {
     constexpr int L = kLanes<T>;
     for (int64_t d = 0; d < dim; ++d)
-        for (int i = 0; i < L; ++i) xt[d * L + i] = i < n ? scale * row[i][d] : T(0);
+        for (int i = 0; i < L; ++i) xt[d * L + i] = i < n ? row[i][d] : T(0);
 }
 
 // s[j][lane] = sum_d xt[d][lane] * row[j][d], for j < n; s and row have room for n rounded up to kRows.
@@ -167,9 +167,12 @@ inline void mask(T* s, int first, int last) {
     for (int i = last; i < kLanes<T>; ++i) s[i] = -std::numeric_limits<T>::infinity();
 }
 
+// The scale is applied to scores, not to queries, so that the backward pass rounds as the forward pass did and the
+// weight of a key that outshines all others loses nothing.
+//
 // The running softmax of a tile of queries: top (maximum so far), total, and sums[dim][lane], not yet divided.
 template <typename T>
-void attend(const T* qt, Rows<T>& rows, int64_t dim, Scratch<T>& w, T* top, T* total, T* sums) {
+void attend(const T* qt, Rows<T>& rows, int64_t dim, Scratch<T>& w, T scale, T* top, T* total, T* sums) {
     constexpr int L = kLanes<T>, W = kVector<T>;
     const T inf = std::numeric_limits<T>::infinity();
     if (!rows.n) return;
@@ -177,7 +180,7 @@ void attend(const T* qt, Rows<T>& rows, int64_t dim, Scratch<T>& w, T* top, T* t
     V<T> high[2] = {at(top), at(top + W)};
     for (int j = 0; j < rows.n; ++j) {
         T* s = w.s + j * L;
-        for (int h = 0; h < 2; ++h) at(s + h * W) += rows.offset[j];
+        for (int h = 0; h < 2; ++h) at(s + h * W) = at(s + h * W) * scale + rows.offset[j];
         mask(s, rows.first[j], rows.last[j]);
         for (int h = 0; h < 2; ++h) high[h] = at(s + h * W) > high[h] ? at(s + h * W) : high[h];
     }

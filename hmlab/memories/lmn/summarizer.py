@@ -12,14 +12,15 @@ Mixing = Literal["linear", "depthwise", "full"]
 
 
 class Summarizer(nn.Module):
-    """Maps children `[slots, batch, nodes, kernel, dim]` to nodes `[slots', batch, nodes, dim]`.
+    """Maps the children of a node, `[slots, batch, kernel, dim]`, to the node, `[slots', batch, dim]`; whole trees are
+    built by `tree_build` from the weights multiplied out.
 
     linear: `concat(children) W_k + b_k` for each bank k (a convolution grouped by bank; the authors' code).
     depthwise: per channel over the children, then a product over channels (section 3.5). full: a convolution
     that also mixes the banks. depth: further SiLU and linear stages per bank. normalise: RMS norm of the result
     (section 6.1). branch_position: a learned vector added to each child by its place (section 6.2); it matters
-    where a stage behind it is not linear. expansion e: a transposed convolution over each child's slots first,
-    so that nodes of level i have 1 + i·e slots per bank (section 3.7, ExpSum).
+    where a stage behind it is not linear. expansion e: a transposed convolution over each child's slots before
+    all that, so that nodes of level i have 1 + i·e slots per bank (section 3.7, ExpSum).
     Slots are slot-major, bank-minor; level 0 has one slot that all banks share.
     """
 
@@ -49,19 +50,46 @@ class Summarizer(nn.Module):
             self.expander = nn.Parameter(torch.empty(banks, 1 + expansion, dim, dim).uniform_(-bound, bound))
             self.expander_bias = nn.Parameter(torch.empty(banks, dim).uniform_(-bound, bound))
 
-    def forward(self, children: Float[Tensor, "slots batch nodes kernel dim"]
-                ) -> Float[Tensor, "more batch nodes dim"]:
-        slots, batch, nodes, kernel, dim = children.shape
+    @property
+    def staged(self) -> bool:
+        """Whether anything follows the linear part."""
+        return len(self.deeper) > 0 or isinstance(self.norm, nn.RMSNorm)
+
+    def multiplied_out(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The weights as `tree_build` takes them: taps, bias, deeper stages, norm."""
+        dim, banks = self.bias.shape[-1], self.banks
+        if self.mixing == "full":  # [bank, bank read, child, dim, dim]
+            weight = self.weight.view(self.kernel, banks, dim, banks, dim).permute(3, 1, 0, 2, 4)
+        elif self.mixing == "depthwise":
+            weight = (self.channel[..., None] * self.weight[:, None])[:, None]
+        else:
+            weight = self.weight.view(banks, 1, self.kernel, dim, dim)
+        taps, bias, constant = weight[None], self.bias[0, :, 0], None
+        if self.expansion:
+            grow = self.expander.transpose(0, 1)
+            taps = (grow[:, None, :, None] if self.mixing == "full" else grow[:, :, None, None]) @ weight
+            constant = self.expander_bias[:, None].expand(-1, self.kernel, -1)
         if hasattr(self, "branch"):
-            children = children + self.branch
+            constant = self.branch.expand(banks, -1, -1) if constant is None else constant + self.branch
+        if constant is not None:  # what every child brings along, whatever it holds
+            constant = constant.flatten()[None] if self.mixing == "full" else constant.flatten(1)
+            bias = bias + (constant[:, None] @ weight.flatten(1, 3)).squeeze(1)
+        deeper = torch.stack(list(self.deeper)) if len(self.deeper) else None
+        norm = self.norm.weight if isinstance(self.norm, nn.RMSNorm) else None
+        return taps.flatten(2, 4), bias, deeper, norm
+
+    def forward(self, children: Float[Tensor, "slots batch kernel dim"]) -> Float[Tensor, "more batch dim"]:
+        slots, batch, kernel, dim = children.shape
         shared = slots == 1  # level 0: every bank reads the same slot
-        x = children.reshape(1 if shared else slots // self.banks, 1 if shared else self.banks, -1, kernel * dim)
+        x = children.reshape(1 if shared else slots // self.banks, 1 if shared else self.banks, batch, kernel * dim)
         if self.expansion:
             x = self._expand(x, kernel)
-        z = self._mix(x, kernel)  # [slots per bank, banks, batch * nodes, dim]
+        if hasattr(self, "branch"):
+            x = x + self.branch.flatten()
+        z = self._mix(x, kernel)  # [slots per bank, banks, batch, dim]
         for weight in self.deeper:
             z = torch.nn.functional.silu(z) @ weight
-        return self.norm(z).reshape(-1, batch, nodes, dim)
+        return self.norm(z).flatten(0, 1)
 
     def _mix(self, x: Float[Tensor, "slots some items width"], kernel: int) -> Float[Tensor, "slots banks items dim"]:
         slots, _, items, width = x.shape

@@ -23,7 +23,7 @@ from . import eager, reference
 
 __all__ = ["IMPLEMENTATIONS", "Slots", "compress_segments"]
 
-IMPLEMENTATIONS = ("eager", "reference")
+IMPLEMENTATIONS = ("fused", "eager", "reference")
 MOST_TOKENS = 256  # of a segment: a tile of the fused form holds them all
 
 

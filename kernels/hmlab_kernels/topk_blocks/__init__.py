@@ -21,7 +21,7 @@ from . import eager, reference, sets
 
 __all__ = ["IMPLEMENTATIONS", "OUTPUTS", "topk_blocks"]
 
-IMPLEMENTATIONS = ("eager", "reference")
+IMPLEMENTATIONS = ("fused", "eager", "reference")
 OUTPUTS = ("index", "score")
 
 

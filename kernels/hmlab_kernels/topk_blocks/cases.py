@@ -94,9 +94,9 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
     """Tile shapes of the fused form's outputs."""
     from . import fused
 
-    q, k = inputs["q"], inputs["k"]
+    q = inputs["q"]
     block, group_heads = inputs.get("query_block", 1), q.shape[2] // (inputs.get("groups") or q.shape[2])
-    sizes = fused.sizes(q.shape[1], block * group_heads, q.shape[3], inputs.get("slot_block", 1), inputs["picks"])
+    sizes = fused.sizes(-(-q.shape[1] // block), block * group_heads, q.shape[3], inputs.get("slot_block", 1), inputs["picks"])
     shape = (1, sizes["SETS"], 1, inputs["picks"])
     return dict.fromkeys(("index", "score"), shape)
 

@@ -9,7 +9,9 @@ the position. Source: Logarithmic Memory Networks (arXiv 2501.07905), section 3.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +23,8 @@ from .levels import Level, flatten, unflatten
 
 __all__ = ["IMPLEMENTATIONS", "Level", "attention_weights", "tree_attention"]
 
-IMPLEMENTATIONS = ("native", "eager", "reference")
+IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("out", "lse")
-_FORMS = {"native": native, "eager": eager}
 
 
 def tree_attention(
@@ -42,7 +43,7 @@ def tree_attention(
     position: 1-based position in the document; 0 at padding, where out is 0 and the log-sum-exp −inf.
     scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None takes the device's default.
     Returns out in own's dtype and the log-sum-exp of the scores (at least float32). Sums run in float32 or better.
-    native is deterministic; eager is, except for its backward on CUDA. Raises ValueError by argument.
+    native and fused are deterministic; eager is, except for its backward on CUDA. Raises ValueError by argument.
     """
     if own.ndim != 5 or own.shape[2] != 3:
         raise ValueError(f"own: expected [batch, time, 3, heads, dim], got {list(own.shape)}")
@@ -56,13 +57,13 @@ def tree_attention(
         raise ValueError(f"arity: expected at least 2, got {arity}")
     if own.shape[-1] > 1024:
         raise ValueError(f"own: expected a head dim of at most 1024, got {own.shape[-1]}")
-    impl = _dispatch.choose("tree_attention", impl, own.device.type, IMPLEMENTATIONS)
+    impl = _dispatch.choose("tree_attention", impl, own.device.type, IMPLEMENTATIONS, own.dtype)
     scale = own.shape[-1] ** -0.5 if scale is None else scale
-    # Half precision is read as such and summed in float32.
-    dtype = torch.promote_types(own.dtype, torch.float32)
     if impl == "reference":
         out, lse = reference.tree_attention(own, nodes, position, levels, arity, scale)
     else:
+        # fused reads half precision as it lies in memory; all sum in float32.
+        dtype = own.dtype if impl == "fused" else torch.promote_types(own.dtype, torch.float32)
         out, lse = torch.ops.hmlab.tree_attention(
             own.to(dtype), nodes.to(dtype), position, flatten(levels), arity, scale, impl
         )
@@ -76,29 +77,36 @@ def attention_weights(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequ
     return eager.weights(own.float(), nodes.float(), position, levels, arity, scale)
 
 
+def _form(impl: str) -> ModuleType:
+    if impl == "fused":  # needs triton
+        return importlib.import_module(f"{__name__}.fused")
+    return {"native": native, "eager": eager}[impl]
+
+
 @torch.library.custom_op("hmlab::tree_attention", mutates_args=())
 def _forward(own: Tensor, nodes: Tensor, position: Tensor, levels: list[int], arity: int, scale: float,
              impl: str) -> tuple[Tensor, Tensor]:
-    return _FORMS[impl].forward(own, nodes, position, unflatten(levels), arity, scale)
+    return _form(impl).forward(own, nodes, position, unflatten(levels), arity, scale)
 
 
 @_forward.register_fake
 def _(own, nodes, position, levels, arity, scale, impl):
     batch, time, _, heads, dim = own.shape
-    return own.new_empty(batch, time, heads, dim), own.new_empty(batch, time, heads)
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    return own.new_empty(batch, time, heads, dim), own.new_empty(batch, time, heads, dtype=dtype)
 
 
 @torch.library.custom_op("hmlab::tree_attention_backward", mutates_args=())
 def _backward(own: Tensor, nodes: Tensor, position: Tensor, levels: list[int], arity: int, scale: float, impl: str,
               out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
-    return _FORMS[impl].backward(
+    return _form(impl).backward(
         own, nodes, position, unflatten(levels), arity, scale, out, lse, grad_out, grad_lse
     )
 
 
 @_backward.register_fake
 def _(own, nodes, position, levels, arity, scale, impl, out, lse, grad_out, grad_lse):
-    return torch.empty_like(own), torch.empty_like(nodes)
+    return own.new_empty(own.shape), nodes.new_empty(nodes.shape)
 
 
 def _save(ctx, inputs, output):

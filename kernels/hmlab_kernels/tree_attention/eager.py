@@ -42,7 +42,7 @@ def backward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Leve
     weight = ((query * key).sum(-1) * scale - base).exp()
     d_score = scale * weight * ((grad_out * value).sum(-1) - delta)
     grad_key = d_score[..., None] * query
-    grad_nodes = torch.zeros_like(nodes)
+    grad_nodes = nodes.new_zeros(nodes.shape)
     for rows, _, score, read in _levels(key, nodes, position, levels, arity, scale):
         p = (score - base[:, :, None]).exp()
         ds = scale * p * (torch.einsum("bthd,btshd->btsh", grad_out, read[:, :, :, 1]) - delta[:, :, None])

@@ -123,8 +123,6 @@ class Plan(NamedTuple):
         if self.time == 0:
             return [position.new_zeros(self.batch, 0, self.kernel, dtype=torch.int64) for _ in range(self.depth)]
         age = torch.arange(self.kernel - 1, -1, -1, device=position.device)
-        # Padding keeps no place among the tokens.
-        place = torch.argsort((position == 0).long(), dim=1, stable=True)
         below, found = completed(position, 1), []
         for level in range(1, self.depth + 1):
             span = self.arity**level
@@ -134,9 +132,9 @@ class Plan(NamedTuple):
             youngest = self.carry - 1 + below.gather(1, when)
             known = position.gather(1, when) // (span // self.arity)  # nodes below in that document so far
             index = youngest[..., None] - age
-            if level == 1:
-                token = place.gather(1, (index - self.carry).clamp(min=0, max=self.time - 1).flatten(1))
-                index = torch.where(index < self.carry, index, self.carry + token.view_as(index))
+            if level == 1:  # padding keeps no place among the leaves
+                leaf = torch.searchsorted(below, (index - self.carry + 1).flatten(1)).view_as(index)
+                index = torch.where(index < self.carry, index, self.carry + leaf.clamp(max=self.time - 1))
             exists = (number <= done[:, -1:])[..., None] & (age < known[..., None]) & (index >= 0)
             found.append(torch.where(exists, index, -1))
             below = done

@@ -55,7 +55,7 @@ CASES = [
     Case("several blocks, sinks", lambda d: inputs(d, 1, 333, 1, 16, window=40, sinks=3), _ALL),
     Case("segments", lambda d: inputs(d, 1, 301, 1, 16, window=20, segment=24), _ALL),
     Case("segments, sinks, grouped heads", lambda d: inputs(
-        d, 2, 200, 4, 80, kv_heads=2, window=17, segment=16, sinks=5, scale=0.3), _ALL),
+        d, 2, 200, 4, 80, kv_heads=2, window=17, segment=16, sinks=5, scale=0.2), _ALL),
     Case("many sinks", lambda d: inputs(d, 1, 150, 1, 16, window=8, sinks=70), _ALL),
     Case("more keys than queries", lambda d: inputs(d, 2, 33, 2, 16, keys=90, window=24, sinks=4), _ALL),
     Case("one query, many keys", lambda d: inputs(d, 3, 1, 4, 64, kv_heads=1, keys=70, window=50, sinks=2), _ALL),

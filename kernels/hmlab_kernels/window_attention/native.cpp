@@ -79,12 +79,12 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T scale, T* out
             const int64_t h = item.head, g = h / (s.heads / s.kv_heads), token = of.query + item.begin;
             const T* row[L];
             for (int j = 0; j < n; ++j) row[j] = q + (token + j) * s.q_token + h * s.q_head;
-            transpose(row, n, s.dim, scale, qt);
+            transpose(row, n, s.dim, qt);
             std::fill_n(sums, s.dim * L, T(0));
             std::fill_n(total, L, T(0));
             std::fill_n(top, L, -std::numeric_limits<T>::infinity());
             keys_of(s, of, of.position + item.begin, n, k + g * s.k_head, v + g * s.v_head, rows,
-                    [&](Rows<T>& r) { attend(qt, r, s.dim, scratch, top, total, sums); });
+                    [&](Rows<T>& r) { attend(qt, r, s.dim, scratch, scale, top, total, sums); });
             for (int j = 0; j < n; ++j) {
                 const T share = total[j] > 0 ? 1 / total[j] : 0;
                 T* y = out + ((token + j) * s.heads + h) * s.dim;
@@ -128,8 +128,8 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, T scale, const
                 lane_lse[j] = std::isfinite(lse[at_head]) ? lse[at_head] : T(0);
                 lane_delta[j] = delta[at_head];
             }
-            transpose(x, n, D, T(1), xt);
-            transpose(y, n, D, T(1), yt);
+            transpose(x, n, D, xt);
+            transpose(y, n, D, yt);
             std::fill_n(dx, D * L, T(0));
             keys_of(s, of, of.position + item.begin, n, k + kv * s.k_head, v + kv * s.v_head, rows, [&](Rows<T>& r) {
                 weights(xt, yt, r, D, w, scale, lane_lse, lane_delta);
@@ -147,8 +147,8 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, T scale, const
                 x[j] = k + (row + j) * s.k_token + item.head * s.k_head;
                 y[j] = v + (row + j) * s.v_token + item.head * s.v_head;
             }
-            transpose(x, n, D, T(1), xt);
-            transpose(y, n, D, T(1), yt);
+            transpose(x, n, D, xt);
+            transpose(y, n, D, yt);
             std::fill_n(dx, 2 * D * L, T(0));
             const auto take = [&](Rows<T>& r) {
                 weights(xt, yt, r, D, w, scale, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr));
