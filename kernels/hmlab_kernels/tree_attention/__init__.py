@@ -25,6 +25,7 @@ __all__ = ["IMPLEMENTATIONS", "Level", "attention_weights", "tree_attention"]
 
 IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("out", "lse")
+_WIDEST_FUSED = 2048  # bytes of a head: more do not fit the memory that a block of threads shares
 
 
 def tree_attention(
@@ -57,7 +58,9 @@ def tree_attention(
         raise ValueError(f"arity: expected at least 2, got {arity}")
     if own.shape[-1] > 1024:
         raise ValueError(f"own: expected a head dim of at most 1024, got {own.shape[-1]}")
-    impl = _dispatch.choose("tree_attention", impl, own.device.type, IMPLEMENTATIONS, own.dtype)
+    wide = own.shape[-1] * own.element_size() > _WIDEST_FUSED
+    available = tuple(name for name in IMPLEMENTATIONS if not (wide and name == "fused"))
+    impl = _dispatch.choose("tree_attention", impl, own.device.type, available, own.dtype)
     scale = own.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
         out, lse = reference.tree_attention(own, nodes, position, levels, arity, scale)
