@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import hmlab_kernels
 import torch
@@ -20,9 +20,8 @@ from hmlab.registry import UnknownName, memory_config
 
 
 def lmn_forward(device: str = "cpu", lengths: Sequence[int] = (2048, 8192, 32768, 131072), dim: int = 32
-                ) -> list[Case]:
+                ) -> Iterator[Case]:
     """One LMN layer with its feed-forward, batch 1, one head, one bank: ours, the authors' formulation, attention."""
-    cases = []
     for length in lengths:
         block = _block(lmn.Config(dim=dim, heads=1, banks=1), device)
         rival = _block(memory_config("attention")(dim=dim, heads=1), device)
@@ -33,15 +32,13 @@ def lmn_forward(device: str = "cpu", lengths: Sequence[int] = (2048, 8192, 32768
         }
         if length <= 32768:  # quadratic: 16 times longer per line
             runs["attention"] = _no_grad(lambda b=rival, x=x: b(x, None))
-        cases.append(Case(f"lmn forward, L {length}, E {dim}", runs, *_floor(length, length, dim, banks=1),
-                          op="lmn", length=length, tokens=length))  # fmt: skip
-    return cases
+        yield Case(f"lmn forward, L {length}, E {dim}", runs, *_floor(length, length, dim, banks=1),
+                   op="lmn", length=length, tokens=length)  # fmt: skip
 
 
 def lmn_training(device: str = "cpu", dims: Sequence[int] = (32, 128), batch: int = 16, length: int = 512
-                 ) -> list[Case]:
+                 ) -> Iterator[Case]:
     """Forward and backward of one LMN layer with its feed-forward, four heads, two banks."""
-    cases = []
     for dim in dims:
         block = _block(lmn.Config(dim=dim), device)
         rival = _block(memory_config("attention")(dim=dim), device)
@@ -52,15 +49,14 @@ def lmn_training(device: str = "cpu", dims: Sequence[int] = (32, 128), batch: in
             "attention": lambda b=rival, x=x: _train(b, b(x, None)[0]),
         }
         bytes_, flops = _floor(batch * length, length, dim, banks=2)
-        cases.append(Case(f"lmn training step, batch {batch}, L {length}, E {dim}", runs, 3 * bytes_, 3 * flops,
-                          op="lmn", length=length, tokens=batch * length))  # fmt: skip
-    return cases
+        yield Case(f"lmn training step, batch {batch}, L {length}, E {dim}", runs, 3 * bytes_, 3 * flops,
+                   op="lmn", length=length, tokens=batch * length)  # fmt: skip
 
 
-def suites() -> dict[str, Callable[[str], list[Case]]]:
+def suites() -> dict[str, Callable[[str], Iterable[Case]]]:
     """Name -> the cases it measures on a device: whole layers, and every operator of `hmlab_kernels`."""
 
-    def of(op: str) -> Callable[[str], list[Case]]:
+    def of(op: str) -> Callable[[str], Iterable[Case]]:
         return lambda device: importlib.import_module(f"hmlab_kernels.{op}.cases").benchmarks(device)
 
     return {"lmn-forward": lmn_forward, "lmn-training": lmn_training, **{op: of(op) for op in hmlab_kernels.OPS}}
@@ -74,7 +70,7 @@ def run(names: Sequence[str] = (), *, device: str = "cpu", seconds: float = 2.0,
         if name not in known:
             raise UnknownName("benchmark", name, known)
     torch.manual_seed(0)
-    cases = [case for name in names or known for case in known[name](device)]
+    cases = (case for name in names or known for case in known[name](device))
     return measure(cases, device=device, seconds=seconds, progress=progress)
 
 

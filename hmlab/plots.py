@@ -227,6 +227,52 @@ def bench(measured: xr.Dataset, *, title: str = "Time beside the floor", theme: 
     return themed(figure, theme)
 
 
+def scaling(measured: xr.Dataset, *, title: str = "Time over length", theme: str = "light") -> go.Figure:
+    """Median time of each candidate over the length, with quartiles, and the floor. measured: `hmlab bench`, the cases
+    of one operator that differ in length."""
+    figure = go.Figure()
+    measured = measured.sortby("length")
+    length = measured["length"].values
+    for number, candidate in enumerate(measured["candidate"].values):
+        of = measured.sel(candidate=candidate)
+        if not np.isfinite(of["median"]).any():
+            continue
+        error = {"array": (of["high"] - of["median"]).values, "arrayminus": (of["median"] - of["low"]).values}
+        figure.add_scatter(x=length, y=of["median"].values, error_y={"type": "data", **error}, name=str(candidate),
+                           line={"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]},
+                           mode="lines+markers")  # fmt: skip
+    figure.add_scatter(x=length, y=measured["floor"].values, name="floor", mode="lines",
+                       line={"color": COLOURS[6], "width": 1})  # fmt: skip
+    figure.update_layout(title=title, xaxis_title="length [tokens]", yaxis_title=axis_title(measured["median"]),
+                         legend={"x": 0.02, "xanchor": "left"})  # fmt: skip
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log")
+    return themed(figure, theme)
+
+
+def roofline(measured: xr.Dataset, *, title: str = "Roofline", theme: str = "light") -> go.Figure:
+    """What each candidate reaches of what the machine could, by how many flops a case has for every byte it must move.
+    measured: `hmlab bench`; the roofs are the copy bandwidth and the matrix-product rates measured with it."""
+    figure = go.Figure()
+    bandwidth = measured.attrs["copy_bandwidth_bytes_per_s"]
+    rates = {k.removeprefix("matmul_flop_per_s_"): v for k, v in measured.attrs.items() if k.startswith("matmul_")}
+    intensity = (measured["flops"] / measured["bytes"]).values
+    low, high = float(intensity.min()) / 4, max(float(intensity.max()), max(rates.values()) / bandwidth) * 4
+    for number, (dtype, rate) in enumerate(rates.items()):
+        figure.add_scatter(x=[low, rate / bandwidth, high], y=[low * bandwidth, rate, rate], mode="lines",
+                           name=f"roof, {dtype}", line={"color": COLOURS[6], "dash": DASHES[number]})  # fmt: skip
+    for number, candidate in enumerate(measured["candidate"].values):
+        reached = (measured["flops"] / measured["median"].sel(candidate=candidate)).values
+        if np.isfinite(reached).any():
+            figure.add_scatter(x=intensity, y=reached, mode="markers", name=str(candidate), text=measured["case"].values,
+                               marker={"color": COLOURS[number % 6], "size": 9, "symbol": number},
+                               hovertemplate="%{text}<br>%{y:.3s}flop/s<extra></extra>")  # fmt: skip
+    figure.update_layout(title=title, xaxis_title="flops of a case per byte it must move", yaxis_title="flop/s")
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log", exponentformat="SI")
+    return themed(figure, theme)
+
+
 def axis_title(array: xr.DataArray) -> str:
     """`long name [units]` of an array; its name where it has none."""
     name = array.attrs.get("long_name", str(array.name).replace("_", " "))

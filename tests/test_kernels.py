@@ -162,7 +162,7 @@ def _spread(x, axis):
     gap = 2**31 + 64
     rest = [size for a, size in enumerate(x.shape) if a != axis]
     inner = torch.empty(rest).stride()
-    strides = list(inner[:axis]) + [gap] + list(inner[axis:])
+    strides = [*inner[:axis], gap, *inner[axis:]]
     storage = torch.UntypedStorage((gap * (x.shape[axis] - 1) + gap) * x.element_size(), device=x.device)
     far = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, x.shape, strides)
     return far.copy_(x)

@@ -9,7 +9,7 @@ a candidate's even rounds from its odd ones is its noise floor (A/A): difference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,68 +33,92 @@ class Case:
     dtype: str = "float32"
 
 
-def measure(cases: Sequence[Case], *, device: str = "cpu", seconds: float = 2.0, least: int = 6, most: int = 200,
+def measure(cases: Iterable[Case], *, device: str = "cpu", seconds: float = 2.0, least: int = 6, most: int = 200,
             progress: Callable[[str], None] = lambda _: None):
     """Time every candidate of every case, interleaved within the case.
 
-    seconds: time to spend per case and candidate, as far as `least` and `most` repeats allow. Returns a Dataset with
-    dims case, candidate, repeat: `seconds`, and `median`, `low`, `high` (quartiles), `peak_bytes`, `joules_per_token`
-    (NaN without a readable meter), `noise` (by what share the medians of even and odd rounds differ), and of each case
-    `floor`, `bytes`, `flops`.
+    cases: taken one at a time, so that a generator of them holds the inputs of one only. seconds: time to spend per
+    case and candidate, as far as `least` and `most` repeats allow. Returns a Dataset with dims case, candidate, repeat:
+    `seconds`, and `median`, `low`, `high` (quartiles), `peak_bytes`, `joules_per_token` (NaN without a readable meter),
+    `noise` (by what share the medians of even and odd rounds differ), and of each case `floor`, `bytes`, `flops`.
     """
-    import xarray as xr
-
-    names = list(dict.fromkeys(name for case in cases for name in case.runs))
     bandwidth, read = _machine.copy_bandwidth(device), _machine.meter(device)
-    rates = {dtype: _machine.matmul_rate(device, dtype) for dtype in sorted({case.dtype for case in cases})}
-    taken = np.full((len(cases), len(names), most), np.nan)
-    peak, energy, noise = np.full((3, len(cases), len(names)), np.nan)
-    for c, case in enumerate(cases):
+    rates: dict[str, float] = {}
+    measured = []
+    for case in cases:
         progress(case.name)
+        if case.dtype not in rates:
+            rates[case.dtype] = _machine.matmul_rate(device, case.dtype)
+        peak = {}
         for name, run in case.runs.items():
             run()  # compile, allocate, fill caches
-            peak[c, names.index(name)] = _machine.peak_bytes(run, device)
-        spent, repeat = 0.0, 0
-        while repeat < most and (repeat < least or spent < seconds * len(case.runs)):
-            for name, run in case.runs.items():
-                took = taken[c, names.index(name), repeat] = _machine.seconds(run, device)
-                spent += took
-            repeat += 1
-        for name, run in case.runs.items():
-            n = names.index(name)
-            noise[c, n] = abs(np.median(taken[c, n, :repeat:2]) / np.median(taken[c, n, 1:repeat:2]) - 1)
-            energy[c, n] = _machine.joules(run, device, read) / max(case.tokens, 1)
-    used = int((~np.isnan(taken)).any((0, 1)).sum())
-    taken = taken[:, :, :used]
-    floor = [max(case.bytes / bandwidth, case.flops / rates[case.dtype]) for case in cases]
-    quartiles = np.full((3, len(cases), len(names)), np.nan)
-    present = ~np.isnan(taken).all(-1)
-    quartiles[:, present] = np.nanpercentile(taken[present], (25, 50, 75), axis=-1)
-    both = ("case", "candidate")
+            peak[name] = _machine.peak_bytes(run, device)
+        taken = _interleaved(case.runs, device, seconds, least, most)
+        energy = {n: _machine.joules(run, device, read) / max(case.tokens, 1) for n, run in case.runs.items()}
+        floor = max(case.bytes / bandwidth, case.flops / rates[case.dtype])
+        measured.append(_dataset(case, taken, peak, energy, floor))
+    if not measured:
+        raise ValueError("cases: expected at least one, got none")
+    return _together(measured).assign_attrs(
+        copy_bandwidth_bytes_per_s=bandwidth,
+        **{f"matmul_flop_per_s_{dtype}": rate for dtype, rate in rates.items()},
+        **_machine.facts(device),
+    )
+
+
+def _interleaved(runs: Mapping[str, Callable[[], object]], device: str, seconds: float, least: int, most: int
+                 ) -> np.ndarray:
+    """Times `[candidate, repeat]`, the candidates taking turns."""
+    taken: list[list[float]] = [[] for _ in runs]
+    spent, repeat = 0.0, 0
+    while repeat < most and (repeat < least or spent < seconds * len(runs)):
+        for times, run in zip(taken, runs.values(), strict=True):
+            times.append(_machine.seconds(run, device))
+            spent += times[-1]
+        repeat += 1
+    return np.array(taken)
+
+
+def _dataset(case: Case, taken: np.ndarray, peak: Mapping[str, float], energy: Mapping[str, float], floor: float):
+    import xarray as xr
+
+    low, median, high = np.percentile(taken, (25, 50, 75), axis=1)
+    noise = abs(np.median(taken[:, ::2], axis=1) / np.median(taken[:, 1::2], axis=1) - 1)
     second = {"units": "s"}
+    of_candidate = {
+        "median": (median, {"long_name": "median time", **second}),
+        "low": (low, {"long_name": "lower quartile", **second}),
+        "high": (high, {"long_name": "upper quartile", **second}),
+        "peak_bytes": (list(peak.values()), {"long_name": "peak memory", "units": "bytes"}),
+        "joules_per_token": (list(energy.values()), {"long_name": "energy per token", "units": "J"}),
+        "noise": (noise, {"long_name": "noise floor (A/A)"}),
+    }
+    of_case = {
+        "floor": (floor, {"long_name": "floor", **second}),
+        "bytes": (float(case.bytes), {"units": "bytes"}),
+        "flops": (float(case.flops), {"units": "flop"}),
+        "op": (case.op, {}),
+        "length": (case.length, {"units": "tokens"}),
+        "dtype": (case.dtype, {}),
+    }
     return xr.Dataset(
         {
-            "seconds": ((*both, "repeat"), taken, {"long_name": "time", **second}),
-            "median": (both, quartiles[1], {"long_name": "median time", **second}),
-            "low": (both, quartiles[0], {"long_name": "lower quartile", **second}),
-            "high": (both, quartiles[2], {"long_name": "upper quartile", **second}),
-            "peak_bytes": (both, peak, {"long_name": "peak memory", "units": "bytes"}),
-            "joules_per_token": (both, energy, {"long_name": "energy per token", "units": "J"}),
-            "noise": (both, noise, {"long_name": "noise floor (A/A)"}),
-            "floor": ("case", floor, {"long_name": "floor", **second}),
-            "bytes": ("case", [case.bytes for case in cases], {"units": "bytes"}),
-            "flops": ("case", [case.flops for case in cases], {"units": "flop"}),
-            "op": ("case", [case.op for case in cases]),
-            "length": ("case", [case.length for case in cases], {"units": "tokens"}),
-            "dtype": ("case", [case.dtype for case in cases]),
+            "seconds": (("candidate", "repeat"), taken, {"long_name": "time", **second}),
+            **{name: ("candidate", *value) for name, value in of_candidate.items()},
+            **{name: ((), *value) for name, value in of_case.items()},
         },
-        coords={"case": [case.name for case in cases], "candidate": names},
-        attrs={
-            "copy_bandwidth_bytes_per_s": bandwidth,
-            **{f"matmul_flop_per_s_{dtype}": rate for dtype, rate in rates.items()},
-            **_machine.facts(device),
-        },
+        coords={"candidate": list(case.runs), "case": case.name},
     )
+
+
+def _together(measured: Sequence):
+    """One Dataset of all cases; what a case has not measured is missing."""
+    import xarray as xr
+
+    candidates = list(dict.fromkeys(str(name) for one in measured for name in one["candidate"].values))
+    most = max(one.sizes["repeat"] for one in measured)
+    padded = [one.pad(repeat=(0, most - one.sizes["repeat"])).reindex(candidate=candidates) for one in measured]
+    return xr.concat(padded, "case", data_vars="all", coords="minimal", compat="equals", join="exact")
 
 
 def crossovers(measured) -> list[dict[str, str | float]]:
@@ -130,7 +154,7 @@ def _kinds(measured) -> dict[str, list[int]]:
 
     kinds: dict[str, list[int]] = {}
     for number, name in enumerate(measured["case"].values):
-        kinds.setdefault(re.sub(r"\bL [\d,]+", "L", str(name)), []).append(number)
+        kinds.setdefault(re.sub(r"\bL \d+(,\d{3})*", "L", str(name)), []).append(number)
     return kinds
 
 
