@@ -52,7 +52,7 @@ def topk_blocks(
     Deterministic. Raises ValueError by argument.
     """
     _check(q, k, bias, visible, cu_seqlens, cu_slots)
-    batch, _, heads, dim = q.shape
+    heads, dim = q.shape[2:]
     kv_heads = k.shape[2]
     groups = heads if groups is None else groups
     if groups < 1 or heads % groups or groups % kv_heads:

@@ -74,7 +74,7 @@ CASES = [
         "one token": lambda d: inputs(d, 1, 1, 1, 16, 1),
         "no token": lambda d: inputs(d, 2, 0, 2, 16, 5),
         "no slot": lambda d: inputs(d, 2, 5, 2, 16, 0),
-        "every query, a block per slot": lambda d: inputs(d, 1, 37, 2, 16, 33, kv_heads=1, picks=5),
+        "every query, a block per slot": lambda d: inputs(d, 1, 21, 2, 16, 70, kv_heads=1, picks=5),
         "more picks than blocks": lambda d: inputs(d, 1, 9, 1, 80, 7, picks=11, slot_block=2),
         "everything": _everything,
         "all heads together": lambda d: inputs(d, 1, 20, 4, 16, 12, kv_heads=1, groups=1, slot_block=4),
@@ -94,10 +94,10 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
     """Tile shapes of the fused form's outputs."""
     from . import fused
 
-    q = inputs["q"]
-    block, group_heads = inputs.get("query_block", 1), q.shape[2] // (inputs.get("groups") or q.shape[2])
-    sizes = fused.sizes(-(-q.shape[1] // block), block * group_heads, q.shape[3], inputs.get("slot_block", 1), inputs["picks"])
-    shape = (1, sizes["SETS"], 1, inputs["picks"])
+    (_, time, heads, dim), picks = inputs["q"].shape, inputs["picks"]
+    block, group_heads = inputs.get("query_block", 1), heads // (inputs.get("groups") or heads)
+    sizes = fused.sizes(-(-time // block), block * group_heads, dim, inputs.get("slot_block", 1), picks)
+    shape = (1, sizes["SETS"], 1, picks)
     return dict.fromkeys(("index", "score"), shape)
 
 

@@ -11,7 +11,8 @@ from . import sets
 
 def topk_blocks(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
                 cu_slots: Tensor | None, picks: int, groups: int, query_block: int, slot_block: int,
-                scale: float) -> tuple[Int[Tensor, "batch sets groups picks"], Float[Tensor, "batch sets groups picks"]]:
+                scale: float
+                ) -> tuple[Int[Tensor, "batch sets groups picks"], Float[Tensor, "batch sets groups picks"]]:
     every = votes(q, k, bias, visible, cu_seqlens, cu_slots, groups, query_block, slot_block, scale)
     index = torch.full((*every.shape[:-1], picks), -1, dtype=torch.int32, device=q.device)
     score = every.new_full(index.shape, -torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -26,7 +27,7 @@ def sequences(batch: int, time: int, slots: int, cu_seqlens: Tensor | None, cu_s
     ends = []
     for name, cu, length in (("cu_seqlens", cu_seqlens, time), ("cu_slots", cu_slots, slots)):
         bounds = _packing.sequences(1, length, cu, cu.device, name=name).bounds.tolist()
-        ends.append([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)])
+        ends.append([slice(a, b) for a, b in pairwise(bounds)])
     yield from ((0, *both) for both in zip(*ends, strict=True))
 
 
