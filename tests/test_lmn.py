@@ -174,7 +174,8 @@ def test_authors_checkpoint_layout_loads():
               "feedforward.2.bias": (E,)}  # fmt: skip
     for n in range(layers):
         state |= {f"blocks.{n}.{key}": 0.3 * torch.randn(shape) for key, shape in shapes.items()}
-    model = lmn.load_authors_state(state)
+    model = lmn.load_authors_state(state).double()
+    state = {key: value.double() for key, value in state.items()}
     tokens = torch.randint(vocab, (2, 45))
 
     x = state["token_embedding_table.weight"][tokens]
@@ -186,7 +187,7 @@ def test_authors_checkpoint_layout_loads():
         x = x + z @ at["feedforward.2.weight"].T + at["feedforward.2.bias"]
     x = torch.nn.functional.layer_norm(x, (E,), state["ln_f.weight"], state["ln_f.bias"])
     logits = x @ state["lm_head.weight"].T + state["lm_head.bias"]
-    torch.testing.assert_close(model(tokens)[0], logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens)[0], logits, rtol=1e-10, atol=1e-10)
 
     with pytest.raises(ValueError, match=r"blocks\.0\.gate"):
         lmn.load_authors_state(state | {"blocks.0.gate": torch.zeros(1)})

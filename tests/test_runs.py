@@ -67,7 +67,7 @@ def test_a_run_tells_what_it_was(store: Store) -> None:
     assert info["parameters"] == sum(p.numel() for p in model.parameters())
     assert info["parameter_bytes"] == 4 * info["parameters"]
     assert info["state_bytes"] == model.state_bytes(model(torch.zeros(1, 12, dtype=torch.int64))[1])
-    assert info["implementations"].keys() == {"tree_attention"}
+    assert info["implementations"].keys() == {"tree_build", "tree_attention"}
     assert info["corpus"] == TASK.open().provenance()
     assert info["versions"]["torch"] == torch.__version__
     assert info["threads"] == torch.get_num_threads()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from hmlab_kernels.tree_attention import attention_weights, tree_attention
+from hmlab_kernels.tree_build import depth
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from hmlab.memory import Memory, document_positions
 from hmlab.record import call_start, observe
 
 from .summarizer import Mixing, Summarizer
-from .tree import Table, Tree, depth, rows
+from .tree import Tree
 
 _NO_ROOM = "state: compiled calls need room in it, call memory.reserve(state, tokens) first"
 
@@ -102,14 +103,10 @@ class LogarithmicMemory(Memory):
             return x, self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
         if valid is not None:  # what padding holds, even NaN, must reach no sum
             x = torch.where(valid[..., None], x, 0)
-        tree, levels, end, kept_levels = self._plan(x, state, reset, valid)
-        carried = None if state is None else self._carried(state)
-        if carried is None and tree.start is None:
-            carried = self._carried(self.init_state(batch, device=x.device, dtype=x.dtype))
-        carry = tree.carry(carried)
-        tables = tree.build(x, carried, levels, self.summarizer)
-
-        flat, places = rows(tables, carry)
+        tree, levels, end, kept = self._plan(x, state, reset, valid)
+        before = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
+        carried = None if state is None else torch.cat(self._held(state), 1)
+        flat, places = tree.build(x, carried, levels, self.summarizer, self.config.impl)
         own, nodes = self._project(x, flat)
         read, _ = tree_attention(own, nodes, tree.position, places, arity=self.config.arity, impl=self.config.impl)
         y = self.out_proj(read.flatten(2))
@@ -118,14 +115,17 @@ class LogarithmicMemory(Memory):
         self._observe(
             lambda: attention_weights(own, nodes, tree.position, places, arity=self.config.arity), tree.position, levels
         )
-        kept = [tree.kept(table, level, end, carry) for level, table in enumerate(tables[: kept_levels + 1])]
-        return y, _state(end, kept)
+        return y, State(end.clone(), tree.last_tokens(x, before.own), tree.last_nodes(flat, places[:kept], end))
 
     def step(self, x, state, *, tokens=None):
         self.check_input(x[:, None], state=state)
         arity, keep = self.config.arity, self.kernel - 1
         position = state.position + 1
-        tables = self._carried(state)
+        # Level by level, tokens first: [slots, batch, kernel - 1, dim].
+        tables = [
+            held.unflatten(1, (keep, self.slots(level))).permute(2, 0, 1, 3)
+            for level, held in enumerate(self._held(state))
+        ]
         if torch.compiler.is_compiling():
             completing = len(tables) - 1
             torch._assert_async((position < arity ** (completing + 1)).all(), _NO_ROOM)
@@ -136,7 +136,7 @@ class LogarithmicMemory(Memory):
         updated = [torch.cat([tables[0], new], 2)[:, :, 1:]]
         for level in range(1, completing + 1):
             children = torch.cat([tables[level - 1], new], 2)
-            new = self.summarizer(children[:, :, None].to(x.dtype))
+            new = self.summarizer(children.to(x.dtype))[:, :, None]
             old = tables[level] if level < len(tables) else new.new_zeros(*new.shape[:2], keep, self.dim)
             done = (position % arity**level == 0)[:, None, None]
             updated.append(torch.where(done, torch.cat([old, new], 2)[:, :, 1:], old))
@@ -171,7 +171,7 @@ class LogarithmicMemory(Memory):
         if start is not None:
             levels = kept = depth(start + time, arity)
         elif torch.compiler.is_compiling():  # the counter cannot be read: the state's room is all there is
-            levels = kept = max(depth(time, arity), 0 if state is None else len(self._carried(state)) - 1)
+            levels = kept = max(depth(time, arity), 0 if state is None else len(self._held(state)) - 1)
             torch._assert_async((position < arity ** (levels + 1)).all(), _NO_ROOM)
         else:
             last = int(end.amax()) if batch else 0
@@ -186,19 +186,19 @@ class LogarithmicMemory(Memory):
                 completing += 1
         return completing
 
-    def _carried(self, state: State) -> list[Table]:
-        """The state's nodes by level: `[slots, batch, kernel - 1, dim]`, level 0 first."""
-        carried, at, level = [state.own[None]], 0, 1
+    def _held(self, state: State) -> list[Tensor]:
+        """The state's nodes by level, tokens first: `[batch, (kernel - 1)·slots, dim]`, oldest first, slot by slot."""
+        held, at, keep = [state.own], 0, self.kernel - 1
         while at < state.nodes.shape[1]:
-            size = self.slots(level) * (self.kernel - 1)
-            table = state.nodes[:, at : at + size].unflatten(1, (self.kernel - 1, self.slots(level)))
-            carried.append(table.permute(2, 0, 1, 3))
-            at, level = at + size, level + 1
+            size = self.slots(len(held)) * keep
+            held.append(state.nodes[:, at : at + size])
+            at += size
         if self.kernel > self.config.arity:  # only overlapping kernels read places that no node has filled yet
-            age = torch.arange(self.kernel - 2, -1, -1, device=state.own.device)
-            held = [state.position // self.config.arity**level for level in range(len(carried))]
-            carried = [t * (age < n[:, None])[..., None] for t, n in zip(carried, held, strict=True)]
-        return carried
+            age = torch.arange(keep - 1, -1, -1, device=state.own.device)
+            for level, nodes in enumerate(held):
+                filled = age < (state.position // self.config.arity**level)[:, None]
+                held[level] = nodes * filled.repeat_interleave(self.slots(level), 1)[..., None]
+        return held
 
     def _project(self, x: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Query, key, value of tokens; query and value of nodes, once per node and not once per reader."""
@@ -228,10 +228,10 @@ class LogarithmicMemory(Memory):
         observe("span_end", lambda: span(1), dims, coords=coords)
 
 
-def _state(position: Tensor, kept: list[Table]) -> State:
-    """The reverse of `_carried`. Copies, so that the state holds no storage larger than itself."""
-    own = kept[0][0].clone()
-    flat = [table.permute(1, 2, 0, 3).flatten(1, 2) for table in kept[1:]]
+def _state(position: Tensor, tables: list[Tensor]) -> State:
+    """Copies, so that the state holds no storage larger than itself."""
+    own = tables[0][0].clone()
+    flat = [table.permute(1, 2, 0, 3).flatten(1, 2) for table in tables[1:]]
     return State(position.clone(), own, torch.cat(flat, 1) if flat else own.new_empty(len(own), 0, own.shape[-1]))
 
 

@@ -26,8 +26,7 @@ class Tree:
               summarizer: Summarizer, impl: str | None) -> tuple[Float[Tensor, "rows dim"], list[Level]]:
         """Nodes of level 1 .. `levels`, and where they lie. carried: the last kernel − 1 nodes of each level so far,
         from the tokens on, None at first. impl: of `tree_build` where it has it for this summarizer."""
-        weights = (None if w is None else w.to(x.dtype) for w in summarizer.multiplied_out())
-        taps, bias, deeper, norm = weights
+        taps, bias, deeper, norm = (None if w is None else w.to(x.dtype) for w in summarizer.multiplied_out())
         ragged = self.start is None
         form = {"arity": self.arity, "kernel": self.kernel, "levels": levels, "start": self.start or 0}
         nodes = tree_build(
@@ -46,7 +45,7 @@ class Tree:
         """The last kernel − 1 tokens after the call. own: those before it."""
         keep, time = self.kernel - 1, x.shape[1]
         if self.start is not None:
-            return x[:, time - keep :].clone() if time >= keep else torch.cat([own.to(x.dtype), x], 1)[:, -keep:]
+            return x[:, time - keep :].clone() if time >= keep else torch.cat([own[:, time:].to(x.dtype), x], 1)
         seen = (self.position > 0).cumsum(1)  # padding keeps no place among the tokens
         back = seen[:, -1:] - torch.arange(keep - 1, -1, -1, device=x.device)  # 1-based among this call's, else before
         place = torch.searchsorted(seen, back).clamp(max=time - 1)
@@ -59,22 +58,26 @@ class Tree:
 
         end: position after the call."""
         batch, keep, device = end.shape[0], self.kernel - 1, nodes.device
+        if not levels:
+            return nodes.new_empty(batch, 0, nodes.shape[1])
+        row = torch.arange(batch, device=device)
+        if self.start is not None:  # the last of each table, wherever the tokens end
+            last = [
+                (level.offset + max(level.batch - keep + n, 0) + slot * level.slot, level.batch, level.batch - keep + n)
+                for level in levels for n in range(keep) for slot in range(level.slots)
+            ]  # fmt: skip
+            first, stride, place = torch.tensor(last, device=device).unbind(1)
+            kept = nodes[first + row[:, None] * stride]
+            return torch.where((place >= 0)[:, None], kept, 0) if keep > 1 else kept
         rows, exists = [], []
         for i, level in enumerate(levels, 1):
             span = self.arity**i
-            # The place of the youngest: the last, or where rows differ by their own count.
-            if self.start is not None:
-                youngest = level.batch - 1
-            else:
-                done = (self.position % span == 0) & (self.position > 0)
-                youngest = level.carry - 1 + done.sum(1)[:, None, None]
+            done = ((self.position % span == 0) & (self.position > 0)).sum(1)
             slot = torch.arange(level.slots, device=device) * level.slot
-            age = torch.arange(keep - 1, -1, -1, device=device)[:, None]
-            row = torch.arange(batch, device=device)[:, None, None] * level.batch
-            rows.append((level.offset + row + (youngest - age).clamp(min=0) + slot).flatten(1))
-            exists.append((age < (end // span)[:, None, None]).expand(-1, -1, level.slots).flatten(1))
-        if not rows:
-            return nodes.new_empty(batch, 0, nodes.shape[1])
+            age = torch.arange(keep - 1, -1, -1, device=device)
+            place = (level.carry - 1 + done[:, None] - age).clamp(min=0) + row[:, None] * level.batch
+            rows.append((level.offset + place[..., None] + slot).flatten(1))
+            exists.append((age < (end // span)[:, None]).repeat_interleave(level.slots, 1))
         return torch.where(torch.cat(exists, 1)[..., None], nodes[torch.cat(rows, 1)], 0)
 
 
