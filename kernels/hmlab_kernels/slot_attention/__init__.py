@@ -25,7 +25,7 @@ from ._merge import merge
 
 __all__ = ["IMPLEMENTATIONS", "merge", "slot_attention"]
 
-IMPLEMENTATIONS = ("native", "eager", "reference")
+IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("out", "lse")
 
 

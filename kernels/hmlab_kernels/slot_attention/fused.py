@@ -25,15 +25,18 @@ LOG2E = tl.constexpr(math.log2(math.e))  # the softmax runs in powers of 2
 LN2 = tl.constexpr(math.log(2))
 
 
-def rows_per_tile(rows: int, dim: int) -> int:
-    """Rows of a set that a program holds; 1 where a set has no more."""
+def rows_per_tile(rows: int, dim: int, itemsize: int) -> int:
+    """Rows of sets that a program holds at once; 1 where that is all of a set's. float32 is multiplied exactly, out of
+    registers, and has room for few."""
     if rows == 1:
         return 1
-    return min(max(16, triton.next_power_of_2(rows)), 128 if dim <= 64 else 64 if dim <= 256 else 32)
+    most = (128 if dim <= 64 else 64 if dim <= 256 else 32) if itemsize == 2 else 32 if dim <= 128 else 16
+    return min(max(16, triton.next_power_of_2(rows)), most)
 
 
-def _slots_per_tile(slots: int, dim: int) -> int:
-    return min(max(16, triton.next_power_of_2(slots)), 64 if dim <= 128 else 32)
+def _slots_per_tile(slots: int, dim: int, itemsize: int) -> int:
+    most = 64 if dim * itemsize <= 256 else 32 if dim * itemsize <= 512 else 16
+    return min(max(16, triton.next_power_of_2(slots)), most)
 
 
 @triton.jit
@@ -161,8 +164,8 @@ def _forward(
         slot, exists = _picked(entries, n + tl.arange(0, SLOTS), reads, count, SLOT_BLOCK)
         is_key = exists[:, None] & is_dim[None, :]
         keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
-        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible, scale,
-                        BIASED, HIDING)  # fmt: skip
+        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible,
+                        scale, BIASED, HIDING)  # fmt: skip
         new_top = tl.maximum(top, tl.max(score, 1))
         base = tl.where(new_top > float("-inf"), new_top, 0.0)
         weight = tl.exp2(score - base[:, None])
@@ -230,8 +233,8 @@ def _backward_queries(
         is_key = exists[:, None] & is_dim[None, :]
         keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
         values = tl.load(values_at + (slot * v_n)[:, None] + column[None, :], mask=is_key, other=0)
-        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible, scale,
-                        BIASED, HIDING)  # fmt: skip
+        score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible,
+                        scale, BIASED, HIDING)  # fmt: skip
         weight = tl.exp2(score - base[:, None])
         result += _weigh(weight * (_outer(given, values) - shift[:, None]), keys)
     tl.store(grad_q + at, (result * scale).to(grad_q.dtype.element_ty), mask=inside)
@@ -262,8 +265,10 @@ def _backward_slots(
     column = tl.arange(0, BLOCK_D)
     is_dim = column < DIM
     is_key = exists[:, None] & is_dim[None, :]
-    keys = tl.load(k + (slot_begin * k_s + slot * k_n + kv_head * k_h)[:, None] + column[None, :], mask=is_key, other=0)
-    values = tl.load(v + (slot_begin * v_s + slot * v_n + kv_head * v_h)[:, None] + column[None, :], mask=is_key, other=0)
+    keys_at = slot_begin * k_s + slot * k_n + kv_head * k_h
+    values_at = slot_begin * v_s + slot * v_n + kv_head * v_h
+    keys = tl.load(k + keys_at[:, None] + column[None, :], mask=is_key, other=0)
+    values = tl.load(v + values_at[:, None] + column[None, :], mask=is_key, other=0)
     flat_slot = ((slot_begin if PACKED else slot_begin * slots) + slot) * kv_heads + kv_head
     if BIASED:
         mass = tl.load(bias + flat_slot, mask=exists, other=0) * LOG2E
@@ -279,7 +284,7 @@ def _backward_slots(
         entry = tl.load(order + low + row // (QUERY_BLOCK * SHARE), mask=row < rows, other=0)
         set_ = entry // (groups * picks)
         group = entry // picks % groups
-        sequence, begin, length, first = _sequence(
+        _, begin, length, first = _sequence(
             set_, sets, sequence_of, first_set, start, cu_seqlens, time, QUERY_BLOCK, STARTED, PACKED
         )
         query = first + row % (QUERY_BLOCK * SHARE) // SHARE
@@ -368,12 +373,14 @@ class _Call:
         index, bias, visible, start, lse_w = (
             None if x is None else x.contiguous() for x in (index, bias, visible, start, lse_w)
         )
-        self.tensors = (q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, out_w, lse_w)
+        tables = cu_seqlens, cu_slots, sequence_of, first_set
+        self.tensors = (q, k, v, index, bias, visible, start, *tables, out_w, lse_w)
         self.strides = tuple(stride for x in (q, k, v, out_w) for stride in _strides(x, self.packed))
         (_, time, heads, dim), (slots, kv_heads) = q.shape, k.shape[1:3]
         batch, sets, groups, picks = index.shape
         share = heads // groups
-        rows = rows_per_tile(query_block * share, dim)
+        itemsize = q.element_size()
+        rows = rows_per_tile(query_block * share, dim, itemsize)
         row_tiles = triton.cdiv(query_block * share, rows)
         self.grid = batch * sets * row_tiles, groups
         # Without slots there is nothing to load from: not even a masked address.
@@ -381,18 +388,18 @@ class _Call:
         self.sizes = time, slots, sets, groups, heads, kv_heads, reads, row_tiles
         self.constants = {
             "DIM": dim, "QUERY_BLOCK": query_block, "SLOT_BLOCK": slot_block, "SHARE": share, "ROWS": rows,
-            "SLOTS": _slots_per_tile(picks * slot_block, dim), "BLOCK_D": _launch.block_dim(dim),
+            "SLOTS": _slots_per_tile(picks * slot_block, dim, itemsize), "BLOCK_D": _launch.block_dim(dim),
             "BIASED": bias is not None, "HIDING": visible is not None, "STARTED": start is not None,
-            "PACKED": self.packed, **_schedule(rows, dim, q.element_size()),
+            "PACKED": self.packed, **_schedule(rows, dim, itemsize),
         }  # fmt: skip
 
     def backward_slots(self, lse, delta, grad_out, given_strides, grad_k, grad_v, grad_bias, scale) -> None:
         q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, *_ = self.tensors
         time, slots, sets, groups, heads, kv_heads, *_ = self.sizes
-        dim, slot_block = q.shape[3], self.constants["SLOT_BLOCK"]
-        per_tile = _slots_per_tile(slot_block, dim)
+        dim, itemsize, slot_block = q.shape[3], q.element_size(), self.constants["SLOT_BLOCK"]
+        per_tile = min(32, _slots_per_tile(slot_block, dim, itemsize))  # two sums are held
         slot_tiles = triton.cdiv(slot_block, per_tile)
-        rows = 64 if dim <= 128 else 32
+        rows = min(64 if dim <= 128 else 32, rows_per_tile(64, dim, itemsize))  # of many sets
         blocks = triton.cdiv(slots, slot_block)
         block_sequence = first_block = None
         if self.packed:
@@ -407,7 +414,7 @@ class _Call:
             all_blocks = q.shape[0] * blocks
             first, limit = (torch.arange(q.shape[0], device=q.device) * blocks)[:, None, None, None], blocks
         order, offsets = _inverted(index, first, limit, all_blocks, kv_heads)
-        constants = self.constants | {"ROWS": rows, "SLOTS": per_tile} | _schedule(rows, dim, q.element_size())
+        constants = self.constants | {"ROWS": rows, "SLOTS": per_tile} | _schedule(rows, dim, itemsize)
         _backward_slots[all_blocks * slot_tiles, kv_heads](
             q, k, v, bias, visible, start, cu_seqlens, cu_slots, sequence_of, first_set, block_sequence, first_block,
             order, offsets, lse, delta, grad_out, grad_k, grad_v, grad_bias, *self.strides[:9], *given_strides,
