@@ -11,14 +11,22 @@ import torch
 
 from . import _dispatch
 from ._dispatch import reset_used, used
+from .compress_segments import compress_segments
+from .hash_codes import hash_codes
+from .slot_attention import merge, slot_attention
+from .topk_blocks import topk_blocks
 from .tree_attention import tree_attention
+from .tree_build import tree_build
+from .window_attention import window_attention
 
-OPS: dict[str, Callable] = {"tree_attention": tree_attention}
-for _op in ("tree_build", "window_attention", "hash_codes", "slot_attention", "compress_segments", "topk_blocks", "bucket_lookup"):
-    try:
-        OPS[_op] = getattr(importlib.import_module(f"{__name__}.{_op}"), _op)
-    except (ModuleNotFoundError, AttributeError):  # TEMPORARY: while folders are being written
-        pass
+OPS: dict[str, Callable] = {
+    op.__name__: op
+    for op in (tree_build, tree_attention, window_attention, hash_codes, slot_attention, compress_segments, topk_blocks)
+}
+try:  # TEMPORARY: while the folder is being written
+    OPS["bucket_lookup"] = importlib.import_module(f"{__name__}.bucket_lookup").bucket_lookup
+except (ModuleNotFoundError, AttributeError):
+    pass
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -40,4 +48,19 @@ def diverge(op: str, case: str, impl_a: str, impl_b: str, **settings):
     return parity.diverge(op, case, impl_a, impl_b, **settings)
 
 
-__all__ = ["OPS", "default_impl", "diverge", "implementations", "reset_used", "tree_attention", "used"]
+__all__ = [
+    "OPS",
+    "compress_segments",
+    "default_impl",
+    "diverge",
+    "hash_codes",
+    "implementations",
+    "merge",
+    "reset_used",
+    "slot_attention",
+    "topk_blocks",
+    "tree_attention",
+    "tree_build",
+    "used",
+    "window_attention",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import OPS, implementations
 
 # What rounding may cost, in units of the dtype's spacing at the size of what is compared (the value itself plus the
-# typical value of its tensor). Wide types: sums over some hundred terms; half types: an operand or two rounded on the way.
+# typical value of its tensor). Wide types: sums over some hundred terms; half types: some operands rounded on the way.
 _SLACK = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
@@ -186,7 +187,8 @@ def diverge(op: str, case: str | Case, impl_a: str, impl_b: str, *, dtype: torch
             wrong = ~(relative_error(a[name], b[name].double(), dtype) <= 1)
         if wrong.any():
             index = tuple(wrong.nonzero()[0].tolist())
-            shape = getattr(importlib.import_module(f"hmlab_kernels.{op}.cases"), "tiles", lambda _: {})(inputs).get(name)
+            tiles = getattr(importlib.import_module(f"hmlab_kernels.{op}.cases"), "tiles", lambda _: {})
+            shape = tiles(inputs).get(name)
             tile = None if shape is None else tuple(i // size for i, size in zip(index, shape, strict=True))
             values = (float(x[name][index]) for x in (a, b, expected))
             return replace(result, output=name, index=index, tile=tile, differing=int(wrong.sum()),
@@ -217,13 +219,18 @@ def _run(ops: Sequence[str], device: str, impls: Sequence[str]) -> Iterator[tupl
         for impl in impls or implementations(op):
             if impl == "reference" or (impl == "native" and device != "cpu"):
                 continue
+            if impl == "fused" and device == "cpu" and not impls and os.environ.get("TRITON_INTERPRET") != "1":
+                print(f"{op:18} fused   left out: on a CPU it runs with TRITON_INTERPRET=1 only")
+                continue
             for case in cases(op).values():
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     yield op, impl, case.name, dtype, compare(op, case, impl, dtype, device)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hmlab_kernels.parity", description="Implementations against the reference.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hmlab_kernels.parity", description="Implementations against the reference."
+    )
     parser.add_argument("ops", nargs="*", metavar="OP")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", action="append", default=[])
@@ -235,8 +242,8 @@ def main() -> int:
         bad = [d for d in differences if d.first is not None]
         failed += bool(bad)
         verdict = "; ".join(f"{d.name} differs first at {list(d.first)}" for d in bad) or "ok"
-        print(f"{op:18} {impl:7} {str(dtype).removeprefix('torch.'):9} {case:40} {worst.error:8.3f} of tolerance  {verdict}",
-              flush=True)
+        name = str(dtype).removeprefix("torch.")
+        print(f"{op:18} {impl:7} {name:9} {case:40} {worst.error:8.3f} of tolerance  {verdict}", flush=True)
     print(f"{count} comparisons on {arguments.device}, {failed} outside tolerance")
     return 1 if failed or not count else 0
 
