@@ -89,7 +89,10 @@ def banner(device: torch.device | str = "cpu", corpus: Mapping[str, Any] | None 
     facts = [f"hmlab {__version__}" + (f" ({commit[:7]}{', changed' if dirty else ''})" if commit else "")]
     facts += [f"torch {torch.__version__}", device_name(torch.device(device)), f"threads: {torch.get_num_threads()}"]
     device_type = torch.device(device).type
-    facts += [f"{op}: {hmlab_kernels.default_impl(op, device_type)}" for op in hmlab_kernels.OPS]
+    operators: dict[str, list[str]] = {}
+    for op in hmlab_kernels.OPS:
+        operators.setdefault(hmlab_kernels.default_impl(op, device_type), []).append(op)
+    facts += [f"{impl}: {', '.join(ops)}" for impl, ops in operators.items()]
     if corpus is not None:
         facts.append(f"corpus {corpus['corpus']} (sha256 {corpus['sha256'][:12]})")
     return " · ".join(facts)
