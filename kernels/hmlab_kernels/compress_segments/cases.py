@@ -29,9 +29,9 @@ def inputs(draw: Draw, batch: int, time: int, heads: int, dim: int, *, segment: 
 
 
 def _strided(draw: Draw) -> dict:
-    made = inputs(draw, 2, 37, 3, 16, segment=12, most=5)
-    made["k"] = draw.normal(3, 16, 37, 2).permute(3, 2, 0, 1)
-    made["v"] = draw.normal(2, 37, 16, 3).transpose(2, 3)
+    made = inputs(draw, 2, 25, 3, 16, segment=12, most=5)
+    made["k"] = draw.normal(3, 16, 25, 2).permute(3, 2, 0, 1)
+    made["v"] = draw.normal(2, 25, 16, 3).transpose(2, 3)
     made["queries"] = draw.normal(5, 3, 16, 2)[..., 0].transpose(0, 1)
     made["count"] = made["count"].transpose(0, 2).contiguous().transpose(0, 2)
     return made
@@ -40,7 +40,7 @@ def _strided(draw: Draw) -> dict:
 def _counts(draw: Draw, *counts: int, **sizes) -> dict:
     """One segment for each count."""
     segment = sizes["segment"]
-    made = inputs(draw, 1, len(counts) * segment, 2, 16, **sizes)
+    made = inputs(draw, 1, len(counts) * segment, 1, 16, **sizes)
     made["count"] = draw.tensor(counts).view(1, -1, 1)
     return made
 
@@ -52,15 +52,15 @@ CASES = [
         "one token, one slot": lambda d: inputs(d, 1, 1, 1, 16, segment=1, most=1),
         "no token": lambda d: inputs(d, 2, 0, 2, 16, segment=4, most=2),
         "no whole segment": lambda d: inputs(d, 1, 7, 2, 16, segment=8, most=2),
-        "odd length, odd dim": lambda d: inputs(d, 2, 75, 2, 20, segment=18, most=5),
-        "one count for all heads": lambda d: inputs(d, 2, 48, 2, 80, segment=16, most=4, one_count=True),
+        "odd length, odd dim": lambda d: inputs(d, 2, 41, 2, 20, segment=18, most=5),
+        "one count for all heads": lambda d: inputs(d, 1, 33, 2, 80, segment=16, most=4, one_count=True),
         "none, some, all, too many": lambda d: _counts(d, 0, 1, 5, 11, 12, 13, -1, segment=12, most=12),
-        "packed documents": lambda d: inputs(d, 1, 70, 2, 16, segment=8, most=3, documents=(19, 0, 8, 7, 36)),
+        "packed documents": lambda d: inputs(d, 1, 70, 1, 16, segment=8, most=3, documents=(19, 0, 8, 7, 36)),
         "packed, no remainder": lambda d: inputs(d, 1, 48, 1, 16, segment=8, most=8, documents=(16, 32)),
-        "scale": lambda d: inputs(d, 1, 40, 2, 16, segment=10, most=4, scale=-0.7),
-        "far apart logits": lambda d: inputs(d, 1, 64, 2, 16, segment=16, most=6, sharpness=6.0),
-        "many slots": lambda d: inputs(d, 1, 200, 1, 16, segment=100, most=100),
-        "wide head": lambda d: inputs(d, 1, 130, 2, 256, segment=64, most=16),
+        "scale": lambda d: inputs(d, 1, 20, 2, 16, segment=10, most=4, scale=-0.7),
+        "far apart logits": lambda d: inputs(d, 1, 32, 2, 16, segment=16, most=6, sharpness=3.0),
+        "many slots": lambda d: inputs(d, 1, 140, 1, 16, segment=70, most=70),
+        "wide head": lambda d: inputs(d, 1, 34, 2, 256, segment=33, most=9),
         "strided": _strided,
     }.items()
 ]
@@ -70,7 +70,7 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
     """Shapes of the tiles that the fused form computes, of the outputs."""
     from .fused import blocks
 
-    slots, _, dim, _ = blocks(inputs["segment"], inputs["queries"].shape[1], inputs["k"].shape[3], inputs["k"].dtype)
+    slots, _, dim = blocks(inputs["segment"], inputs["queries"].shape[1], inputs["k"].shape[3], inputs["k"].dtype)
     return {"k": (1, 1, slots, 1, dim), "v": (1, 1, slots, 1, dim), "mass": (1, 1, slots, 1),
             "position": (1, 1, slots, 1)}  # fmt: skip
 

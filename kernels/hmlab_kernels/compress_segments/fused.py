@@ -1,9 +1,9 @@
 """Compressed segments in Triton: one program per segment and head, which holds all the tokens of its segment.
 
-Slots and dims go through the program in tiles; up to 64 slots and one tile of dims (the usual sizes) the loops over
-tiles have one round and nothing is computed twice. The backward pass recomputes the shares from k and queries. There a
-program takes several segments one after another and adds up its own part of the queries' gradient; the parts are
-summed in a fixed order, so that no atomics are needed: deterministic.
+Slots and dims go through the program in tiles; with up to 32 slots (64 for segments of up to 64 tokens) and 128 dims
+the loops over tiles have one round, and then the compiler leaves nothing computed or read twice. The backward pass
+recomputes the shares from k and queries. There a program takes several segments one after another and adds up its own
+part of the queries' gradient; the parts are summed in a fixed order, so that no atomics are needed: deterministic.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from .. import _launch
 _PROGRAMS = 4096  # of the backward pass, about: a few for every place on the largest GPUs, and few parts to sum
 
 
-def blocks(segment: int, most: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Slots, tokens and dims of a program's tiles, and its warps."""
-    slots = min(64, max(16, triton.next_power_of_2(most)))
+def blocks(segment: int, most: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Slots, tokens and dims of a program's tiles."""
     tokens = max(16, triton.next_power_of_2(segment))
-    # Two accumulators [tokens, dims] and an operand of that size beside keys and values: 64 KiB of each at most.
-    dims = (64 if dtype == torch.float32 else 128) // (2 if tokens > 128 else 1)
-    return slots, tokens, min(_launch.block_dim(dim), dims), 4 if tokens <= 64 else 8
+    # Half a dozen tiles [slots, tokens] are live at once: 32 KiB of each at most, and of keys and values.
+    slots = min(64 if tokens <= 64 else 32, max(16, triton.next_power_of_2(most)))
+    return slots, tokens, min(_launch.block_dim(dim), 128, 32768 // (tokens * dtype.itemsize))
 
 
 def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float
@@ -40,7 +39,7 @@ def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor
             _forward[batch * segments, heads](
                 k, v, queries, count, starts, slots_k, slots_v, mass, position, segments, heads, scale,
                 *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(),
-                **_sizes(segment, most, dim, k.dtype),
+                **_sizes(segment, most, dim, k.dtype, 1),
             )  # fmt: skip
     return slots_k, slots_v, mass, position
 
@@ -62,13 +61,15 @@ def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tenso
             k, v, queries, count, starts, grad_k.contiguous(), grad_v.contiguous(), grad_mass.contiguous(),
             grad_position.contiguous(), into_k, into_v, parts, batch * segments, segments, time, heads, each, scale,
             *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(),
-            **_sizes(segment, most, dim, k.dtype),
+            **_sizes(segment, most, dim, k.dtype, 2),
         )  # fmt: skip
     return into_k, into_v, parts.sum(0).to(queries.dtype)
 
 
-def _sizes(segment: int, most: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    slots, tokens, dims, warps = blocks(segment, most, dim, dtype)
+def _sizes(segment: int, most: int, dim: int, dtype: torch.dtype, accumulators: int) -> dict[str, int]:
+    slots, tokens, dims = blocks(segment, most, dim, dtype)
+    # The backward pass accumulates twice as much: more warps keep it in registers.
+    warps = accumulators * (4 if tokens <= 64 else 8)
     return {"SEGMENT": segment, "MOST": most, "DIM": dim, "SLOTS": slots, "TOKENS": tokens, "BLOCK_DIM": dims,
             "num_warps": warps, "num_stages": 1}  # fmt: skip
 
