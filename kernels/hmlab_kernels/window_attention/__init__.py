@@ -6,7 +6,7 @@
 
 p is the 0-based position in the document. With segments of S tokens the window begins where a segment does, so it
 holds window to window + S − 1 tokens; with S = 1 it is the plain sliding window. Sources: Longformer (arXiv
-2004.05150), section 3.1, for the window; StreamingLLM (arXiv 2309.17453) for the sinks; the harmony memory for segments.
+2004.05150), section 3.1, for the window; StreamingLLM (arXiv 2309.17453) for the sinks; the segments are ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .layout import Layout
 
 __all__ = ["IMPLEMENTATIONS", "window_attention"]
 
-IMPLEMENTATIONS = ("native", "eager", "reference")
+IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("out", "lse")
 
 
@@ -46,15 +46,16 @@ def window_attention(
     The last query of a sequence belongs to its last key's token, so there may be more keys than queries.
     window, segment: in tokens. sinks: how many of a document's first tokens are always visible.
     start: None if each sequence's keys are a document from its first token on. Else, per sequence, whose keys are then
-    `sinks` separate ones (the document's tokens 0 .. sinks − 1) and after them contiguous ones, of which the first has
-    position `start`. Keys at negative positions, and sinks that no query reaches, are never read: a ring buffer not
-    filled yet. A sink that also lies in the window is read once, from the contiguous keys. The caller promises that
-    `start` is at most the window start of the first query; tokens before `start` would be missing, unnoticed.
+    `sinks` separate ones (the document's tokens 0 .. sinks − 1, those of this call too) and after them contiguous ones,
+    of which the first has position `start`. Keys at negative positions, and sinks that no query reaches, are never
+    read: a ring buffer not filled yet. A sink that also lies in the window is read once, from the contiguous keys.
+    The caller promises that `start` is at most the window start of the first query; what lies before `start` would be
+    missing from its window, unnoticed.
     cu_seqlens, cu_keys: sequences packed in a batch of one, possibly empty; cu_keys None takes cu_seqlens for both.
     scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None takes the device's default.
     Returns out in q's dtype, 0 where a query sees nothing, and the log-sum-exp (float32, float64 for float64), −inf
-    there; differentiable in q, k and v through both. fused is deterministic; eager is, except for its backward on
-    CUDA. Raises ValueError by argument.
+    there; differentiable in q, k and v through both. Deterministic, except for eager's backward on CUDA. Raises
+    ValueError by argument.
     """
     _check_tensors(q, k, v)
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("segment", segment, 1)):
@@ -107,9 +108,7 @@ def _check_layout(layout: Layout) -> None:
         if layout.cu_keys is None and layout.keys != layout.time:
             raise ValueError(f"k: expected {layout.time} keys (as many as queries) without cu_keys, got {layout.keys}")
         if layout.cu_keys is not None and layout.cu_keys.shape != layout.cu_seqlens.shape:
-            raise ValueError(
-                f"cu_keys: expected {layout.cu_seqlens.shape[0]} elements like cu_seqlens, got {layout.cu_keys.shape[0]}"
-            )
+            raise ValueError(f"cu_keys: expected {sequences + 1} elements like cu_seqlens, got {len(layout.cu_keys)}")
     if layout.start is not None and (layout.start.is_floating_point() or layout.start.shape != (sequences,)):
         raise ValueError(
             f"start: expected integers of shape [{sequences}], one per sequence, "

@@ -184,14 +184,8 @@ def _parts(layout: Layout, kv_heads: int, device: torch.device) -> Iterator[Part
 
 def _masks(layout: Layout, block: int, blocks: list, device: torch.device) -> tuple[Tensor, ...]:
     """Rows and masks, in a Part's order, of (sequence, number of block) each."""
-    table = torch.tensor(
-        [
-            (span.query + b * block, min(block, span.queries - b * block), span.position + b * block, span.key, span.first)
-            for span, b in blocks
-        ],
-        device=device,
-    )
-    query, many, position, key, first = table[:, :, None].unbind(1)
+    ends = [(s.query + b * block, s.queries - b * block, s.position + b * block, s.key, s.first) for s, b in blocks]
+    query, many, position, key, first = torch.tensor(ends, device=device)[:, :, None].unbind(1)
     i = torch.arange(block, device=device)
     p = position + i  # [blocks, queries]
     x = position - layout.reach + torch.arange(block + layout.reach, device=device)  # [blocks, keys]
