@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .. import bench
 from ..parity import Case, Draw
+from . import slot_attention
 
 
 def inputs(
@@ -58,7 +63,7 @@ def inputs(
     return made
 
 
-def _bounds(draw: Draw, lengths: Sequence[int]):
+def _bounds(draw: Draw, lengths: Sequence[int]) -> Tensor:
     return draw.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]).int()
 
 
@@ -97,20 +102,22 @@ CASES = [
     Case("blocks of 4", lambda d: inputs(d, 2, 11, 10, 2, 16, query_block=4, sets=5, bias=False), _SLOTS),
     Case("blocks of 16", lambda d: inputs(d, 1, 37, 26, 2, 80, query_block=16, slot_block=4, kv_heads=1), _ALL),
     Case("whole blocks", lambda d: inputs(d, 2, 64, 40, 2, 16, query_block=32, slot_block=8, bias=False), _SLOTS),
-    Case("wide blocks", lambda d: inputs(d, 1, 150, 90, 2, 16, query_block=75, slot_block=40, kv_heads=1, groups=1,
-                                         visible=True), _ALL),  # fmt: skip
-    Case("started inside a block", lambda d: inputs(d, 2, 9, 10, 2, 16, query_block=4, start=(3, 6)), _ALL),
-    Case("visible from inside a block", lambda d: inputs(d, 2, 10, 12, 2, 16, query_block=4, slot_block=3, bias=False,
-                                                         visible=True, start=(5, 4)), _SLOTS),  # fmt: skip
-    Case("holes, empty sets", lambda d: inputs(d, 2, 7, 12, 2, 16, query_block=2, slot_block=2, holes=True), _ALL),
+    Case("wide blocks", lambda d: inputs(
+        d, 1, 80, 50, 2, 16, query_block=75, slot_block=40, picks=2, kv_heads=1, groups=1, visible=True), _ALL),
+    Case("started inside a block", lambda d: inputs(
+        d, 2, 9, 10, 1, 16, query_block=4, slot_block=2, start=(3, 6)), _ALL),
+    Case("visible from inside a block", lambda d: inputs(
+        d, 2, 10, 12, 1, 16, query_block=4, slot_block=3, bias=False, visible=True, start=(5, 4)), _SLOTS),
+    Case("holes, empty sets", lambda d: inputs(d, 2, 7, 12, 1, 16, query_block=2, slot_block=4, holes=True), _ALL),
     Case("no mass", _massless, _SLOTS),
-    Case("joined", lambda d: inputs(d, 2, 9, 12, 4, 16, kv_heads=2, query_block=4, slot_block=2, joined=True), _ALL),
+    Case("joined", lambda d: inputs(d, 1, 9, 12, 4, 16, kv_heads=2, query_block=4, slot_block=2, joined=True), _ALL),
     Case("joined, holes", lambda d: inputs(d, 1, 6, 8, 2, 20, holes=True, joined=True, visible=True), _ALL),
     Case("joined to no slots", lambda d: inputs(d, 1, 5, 0, 2, 16, holes=True, joined=True), _ALL),
-    Case("packed", lambda d: inputs(d, 1, 19, 14, 2, 16, query_block=4, slot_block=2, documents=_DOCUMENTS,
-                                    visible=True), _ALL),  # fmt: skip
-    Case("packed, started, joined", lambda d: inputs(d, 1, 19, 14, 2, 16, query_block=4, documents=_DOCUMENTS,
-                                                     start=(1, 7, 2, 3, 0, 9), joined=True, sets=12), _ALL),  # fmt: skip
+    Case("packed", lambda d: inputs(
+        d, 1, 19, 14, 2, 16, query_block=4, slot_block=2, documents=_DOCUMENTS, visible=True), _ALL),
+    Case("packed, started, joined", lambda d: inputs(
+        d, 1, 19, 14, 1, 16, query_block=4, documents=_DOCUMENTS, start=(1, 7, 2, 3, 0, 9), sets=12,
+        joined=True), _ALL),
     Case("packed, nothing", lambda d: inputs(d, 1, 0, 0, 2, 16, documents=((0, 0),)), _ALL),
     Case("wide head", lambda d: inputs(d, 1, 5, 18, 1, 256, query_block=3, slot_block=4), _ALL),
     Case("strided", _strided, _ALL),
@@ -118,8 +125,93 @@ CASES = [
 
 
 def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
-    """What one program of the fused form writes: some queries of a set, the heads of a group."""
-    heads, dim = inputs["q"].shape[2:]
+    """What one program of the fused form writes: some queries of a set, the heads of a group. Where blocks do not
+    begin with the axis nothing can be said."""
+    if find_spec("triton") is None or "start" in inputs or "cu_seqlens" in inputs:
+        return {}
+    from .fused import rows_per_tile
+
+    q, query_block = inputs["q"], inputs["query_block"]
+    heads, dim = q.shape[2:]
     share = heads // inputs["index"].shape[2]
-    queries = min(inputs["query_block"], max(1, 64 // share))
-    return {"out": (1, queries, share, dim), "lse": (1, queries, share)}
+    rows = rows_per_tile(query_block * share, dim, q.element_size())
+    queries = min(query_block, max(1, rows // share))
+    return {"out": (1, queries, share, dim), "lse": (1, queries, share), "grad q": (1, queries, share, dim)}
+
+
+def benchmarks(device: str) -> list[bench.Case]:
+    """128 slots of 16 tokens each per 64 queries, alone and joined to a window of 128, beside causal attention."""
+    if device == "cuda":
+        impls, heads, dim, dtype = ("fused", "eager"), 16, 128, torch.bfloat16
+        alone = {"forward": (16384, 65536, 524288, 1048576), "forward and backward": (16384, 65536, 524288)}
+        joined = {"forward": (16384, 524288, 1048576), "forward and backward": (16384, 524288)}
+    else:
+        impls, heads, dim, dtype = ("native", "eager"), 4, 64, torch.float32
+        alone = {"forward": (16384, 65536, 524288), "forward and backward": (16384,)}
+        joined = {"forward": (16384, 524288)}
+
+    @functools.lru_cache(maxsize=1)  # one length's tensors at a time, made when its first case runs
+    def tensors(time: int) -> dict[str, Tensor]:
+        shapes = {"q": time, "k": time // 16, "v": time // 16, "window k": time, "window v": time}
+        made = {name: torch.randn(1, n, heads, dim, dtype=dtype, device=device) for name, n in shapes.items()}
+        return {name: x.requires_grad_() for name, x in made.items()} | {"index": _past_blocks(time, heads, device)}
+
+    def timed(read: Callable[[dict[str, Tensor]], Tensor], what: str, time: int) -> Callable[[], object]:
+        def run():
+            made = tensors(time)
+            with torch.set_grad_enabled(what != "forward"):
+                out = read(made)
+            if what == "forward":
+                return out
+            leaves = [x for x in made.values() if x.requires_grad]
+            return torch.autograd.grad(out, leaves, made["q"].detach()[:, : out.shape[1]], allow_unused=True)
+
+        return run
+
+    def case(op: str, what: str, time: int) -> bench.Case:
+        window = op == "window + slots"
+        runs = {impl: timed(functools.partial(_read, window=window, impl=impl), what, time) for impl in impls}
+        if (window or time == _SHORT) and (device == "cuda" or what == "forward"):
+            runs[f"sdpa, {_SHORT} tokens"] = timed(_whole_past, what, time)
+        # q, out, and k and v of the slots; k and v of the window, and its out once.
+        numbers = (2 + 2 / 16 + (3 if window else 0)) * time * heads * dim
+        flops = 4 * time * heads * dim * (256 if window else 128)
+        both = what != "forward"
+        return bench.Case(
+            f"{op}, {what}, {time} tokens", runs, bytes=numbers * dtype.itemsize * (3 if both else 1),
+            flops=flops * (3.5 if both else 1), op="slot_attention" if not window else op, length=time, tokens=time,
+            dtype=str(dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+    return [
+        case(op, what, time)
+        for op, times in (("slots", alone), ("window + slots", joined))
+        for what in times
+        for time in times[what]
+    ]
+
+
+_SHORT = 16384  # where causal attention over the whole past is what one would use
+
+
+def _past_blocks(time: int, groups: int, device: str) -> Tensor:
+    """Eight blocks of 16 slots for every 64 queries, spread at random over the past."""
+    past = torch.arange(time // 64, device=device)[:, None, None] // 4
+    pick = torch.arange(8, device=device)
+    spread = (pick + torch.rand(time // 64, groups, 8, device=device)) * past / 8
+    return torch.where(past >= 8, spread.int(), torch.where(pick < past, pick, -1)).int()[None]
+
+
+def _read(made: dict[str, Tensor], *, window: bool, impl: str) -> Tensor:
+    joined = None
+    if window:
+        from ..window_attention import window_attention
+
+        joined = window_attention(made["q"], made["window k"], made["window v"], window=128, impl=impl)
+    return slot_attention(made["q"], made["k"], made["v"], made["index"], query_block=64, slot_block=16,
+                          joined=joined, impl=impl)[0]  # fmt: skip
+
+
+def _whole_past(made: dict[str, Tensor]) -> Tensor:
+    q, k, v = (made[name][:, :_SHORT].transpose(1, 2) for name in ("q", "window k", "window v"))
+    return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

@@ -34,9 +34,14 @@ def find(q: Tensor, k: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: 
     phase = 0 if start is None else start.to(lengths) % query_block
     counts = torch.where(lengths > 0, (phase + lengths - 1) // query_block + 1, 0)
     ends = counts.cumsum(0)
-    if start is None and queries.count:
-        needed = sum(-(-length // query_block) for length in cu_seqlens.diff().tolist())
-        if sets < needed:
-            raise ValueError(f"index: expected at least {needed} sets, got {sets}")
+    if start is None:
+        check_sets(sets, cu_seqlens, query_block)
     sequence = torch.searchsorted(ends, torch.arange(sets, device=q.device), right=True)
     return Places(queries, slots, sequence.clamp(max=max(queries.count - 1, 0)), ends - counts)
+
+
+def check_sets(sets: int, cu_seqlens: Tensor, query_block: int) -> None:
+    """Raises ValueError where packed sequences, each beginning with a block, have too few sets."""
+    needed = sum(-(-length // query_block) for length in cu_seqlens.diff().tolist())
+    if sets < needed:
+        raise ValueError(f"index: expected at least {needed} sets, got {sets}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _packing
+from . import places
 
 
 def slot_attention(
@@ -18,6 +19,8 @@ def slot_attention(
     sets, groups = index.shape[1:3]
     query_bounds = _packing.sequences(batch, time, cu_seqlens, q.device).bounds.tolist()
     slot_bounds = _packing.sequences(batch, k.shape[1], cu_slots, q.device, name="cu_slots").bounds.tolist()
+    if cu_seqlens is not None and start is None:
+        places.check_sets(sets, cu_seqlens, query_block)
     queries, keys, values = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
     entries = index.flatten(0, 1).tolist()
     outputs, sums, next_set = [], [], 0
