@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hmlab_kernels import hash_codes as folder
 from hmlab_kernels import parity
 from hmlab_kernels.hash_codes import IMPLEMENTATIONS, cases, eager, hash_codes, margins
 
@@ -137,7 +136,7 @@ def test_parity_catches_a_wrong_implementation(monkeypatch, mistake):
 
     case = _case("hyperplane")
     assert [d.first for d in parity.compare("hash_codes", case, "eager", device=DEVICE)] == [None]
-    monkeypatch.setattr(folder.eager, "forward", wrong)
+    monkeypatch.setattr(eager, "forward", wrong)
     assert parity.compare("hash_codes", case, "eager", device=DEVICE)[0].first is not None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -40,17 +42,26 @@ def _hyperplane(signed: Tensor, probes: int) -> Tensor:
     codes = signed.new_zeros(heads, tables, probes, tokens, dtype=torch.int32)
     for i in range(bits):
         codes[:, :, 0].add_(signed[:, :, i] > 0, alpha=1 << i)
-    if probes > 1:
-        order = signed.abs().argsort(dim=2, stable=True)[:, :, : probes - 1]
-        codes[:, :, 1:] = codes[:, :, :1] ^ (1 << order).int()
+    for p, least in enumerate(_ascending(signed.abs_(), probes - 1), 1):
+        codes[:, :, p] = codes[:, :, 0] ^ (1 << least[:, :, 0].int())
     return codes
 
 
 def _cross_polytope(coordinates: Tensor, probes: int) -> Tensor:
     bits = coordinates.shape[2]
-    size = coordinates.abs()
-    if probes == 1:
-        order = size.argmax(2, keepdim=True)
-    else:
-        order = size.argsort(dim=2, descending=True, stable=True)[:, :, :probes]
-    return (order + bits * (coordinates.gather(2, order) < 0)).int()
+    largest = _ascending(-coordinates.abs(), probes)
+    return torch.cat([i + bits * (coordinates.gather(2, i) < 0) for i in largest], 2).int()
+
+
+def _ascending(values: Tensor, number: int) -> Iterator[Tensor]:
+    """Indices along axis 2 of the least value, the next and so on, lower indices first among equals; uses values up.
+
+    Reductions without indices are what a CPU does many at a time: faster than a sort or argmin for a few of them.
+    """
+    size = values.shape[2]
+    rank = (255 - torch.arange(size, device=values.device)).to(torch.uint8)[:, None]
+    for _ in range(number):
+        least = (values == values.amin(2, keepdim=True)).view(torch.uint8)
+        index = (255 - (least * rank).amax(2, keepdim=True)).long().clamp_(max=size - 1)
+        yield index
+        values.scatter_(2, index, torch.inf)
