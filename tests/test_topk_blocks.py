@@ -1,0 +1,97 @@
+"""What the votes on blocks of slots promise beyond the cases that every operator meets."""
+
+import pytest
+import torch
+from hmlab_kernels.parity import Draw
+from hmlab_kernels.topk_blocks import cases, topk_blocks
+
+FORMS = ["eager", "reference"] if torch.cuda.is_available() else ["fused", "eager", "reference"]
+
+
+def _call(**changes):
+    made = cases.inputs(Draw(), 1, 24, 2, 16, 18, kv_heads=1, picks=3, query_block=4, slot_block=3)
+    return made | changes
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("query_block", [1, 4])
+def test_nothing_leaks_from_a_block_or_from_slots_it_may_not_read(impl, query_block):
+    made = _call(query_block=query_block)
+    before = topk_blocks(**made, impl=impl)
+    for block in (1, 3, 5):
+        first = block * query_block
+        changed = dict(made, q=made["q"].clone(), k=made["k"].clone())
+        changed["q"][:, first + (query_block == 1) :] *= -5
+        changed["k"][made["visible"] > first] += 7
+        after = topk_blocks(**changed, impl=impl)
+        for x, y in zip(before, after, strict=True):
+            assert torch.equal(x[:, : block + 1], y[:, : block + 1])
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_votes_are_the_sum_of_exponentials(impl):
+    made = _call(bias=Draw(seed=3).normal(1, 18, 1), picks=6, groups=1)
+    index, score = topk_blocks(**made, impl=impl)
+    terms = torch.einsum("tud,jd->tuj", made["q"][0], made["k"][0, :, 0]) / 4 + made["bias"][0, :, 0]
+    for c in range(1, 6):
+        seen = made["visible"][0] <= 4 * c
+        dense = (terms[4 * c - 4 : 4 * c].exp() * seen).sum((0, 1)).view(6, 3).sum(-1).log()
+        wanted = dense.sort(descending=True)
+        count = int(dense.isfinite().sum())
+        assert index[0, c, 0, :count].tolist() == wanted.indices[:count].tolist()
+        assert (index[0, c, 0, count:] == -1).all()
+        torch.testing.assert_close(score[0, c, 0], wanted.values)
+    assert (index[:, 0] == -1).all() and (score[:, 0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_large_scores_do_not_overflow(impl):
+    made = _call(scale=1e3)
+    index, score = topk_blocks(**made, impl=impl)
+    assert not score.isnan().any() and (score < torch.inf).all() and score[index >= 0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_packed_sequences_answer_as_each_alone(impl):
+    made = _call(slot_block=2)
+    halves = [
+        topk_blocks(**made | {"q": made["q"][:, t], "k": made["k"][:, j], "visible": made["visible"][:, j]}, impl=impl)
+        for t, j in ((slice(0, 10), slice(0, 11)), (slice(10, 24), slice(11, 18)))
+    ]
+    bounds = {"cu_seqlens": torch.tensor([0, 10, 24]), "cu_slots": torch.tensor([0, 11, 18])}
+    packed = topk_blocks(**made | bounds, impl=impl)
+    for x, *parts in zip(packed, *halves, strict=True):
+        together = torch.cat(parts, 1)
+        torch.testing.assert_close(x[:, : together.shape[1]], together)
+        assert x.shape[1] == (24 + 2 * 3) // 4
+
+
+def test_gives_no_gradient():
+    made = _call()
+    assert not topk_blocks(**made | {"q": made["q"].requires_grad_()})[1].requires_grad
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q": torch.zeros(1, 24, 16)}, r"q: expected floats .*, got torch.float32 \[1, 24, 16\]"),
+        ({"k": torch.zeros(1, 18, 1, 8)}, r"k: expected \[1, slots, kv_heads, 16\], got \[1, 18, 1, 8\]"),
+        ({"k": torch.zeros(1, 18, 3, 16)}, "k: expected kv heads that divide 2 heads, got 3"),
+        ({"k": torch.zeros(1, 18, 1, 16).half()}, "k: expected q's dtype torch.float32, got torch.float16"),
+        ({"bias": torch.zeros(1, 18)}, r"bias: expected floats \[1, 18, 1\], got torch.float32 \[1, 18\]"),
+        ({"visible": torch.zeros(1, 18)}, r"visible: expected integers \[1, 18\], got torch.float32"),
+        ({"groups": 3}, "groups: expected a divisor of 2 heads, multiple of 1 kv heads, got 3"),
+        ({"picks": 0}, "picks: expected at least 1, got 0"),
+        ({"query_block": 0}, "query_block: expected at least 1, got 0"),
+        ({"slot_block": 0}, "slot_block: expected at least 1, got 0"),
+        ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of integers"),
+        ({"cu_seqlens": torch.tensor([0, 24])}, "cu_slots: expected one bound for each of cu_seqlens, got shapes None"),
+        ({"cu_slots": torch.tensor([0, 18])}, "cu_slots: expected one bound for each of cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 24]), "cu_slots": torch.tensor([0, 9])}, "cu_slots: expected to rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 9]), "cu_slots": torch.tensor([0, 18])}, "cu_seqlens: expected to rise"),
+    ],
+)  # fmt: skip
+def test_says_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        topk_blocks(**_call(**changes))
