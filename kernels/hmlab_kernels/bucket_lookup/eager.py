@@ -61,7 +61,7 @@ def _rank(q: Tensor, slots: Tensor, k: Tensor, bias: Tensor | None, kv_heads: in
     rows = torch.where(some, slots * kv_heads + kv_head[:, None], 0).flatten()
     dtype = score.dtype
     read = k.index_select(0, rows).view(queries * heads, count, -1).to(dtype)
-    x = torch.bmm(read, (q * scale).to(dtype).reshape(queries * heads, -1, 1)).view(slots.shape)
+    x = torch.bmm(read, (q.to(dtype) * scale).reshape(queries * heads, -1, 1)).view(slots.shape)
     if bias is not None:
         x = x + bias[rows].view(slots.shape)
     # A stable sort leaves equal scores in the order of their slots.
