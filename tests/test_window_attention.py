@@ -24,7 +24,7 @@ def tensors(*shape, kv_heads=None, keys=None, dtype=torch.float32):
     return draw.normal(*shape), draw.normal(*kv), draw.normal(*kv)
 
 
-@pytest.mark.parametrize("window, sinks, segment", [(1, 0, 1), (7, 3, 1), (10, 5, 16), (64, 4, 8), (500, 2, 3)])
+@pytest.mark.parametrize("window, sinks, segment", [(1, 0, 1), (7, 3, 1), (10, 5, 16), (2**40, 10**9, 2**35)])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_is_attention_under_a_mask(impl, window, sinks, segment):
     q, k, v = tensors(2, 75, 4, 16, kv_heads=2)
@@ -100,7 +100,7 @@ def test_eager_is_the_same_in_small_parts(monkeypatch, sinks, segment):
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl in ("native", "fused")])
 def test_is_deterministic(impl):
-    case = parity.cases("window_attention")["segments, sinks, grouped heads"]
+    case = parity.cases("window_attention")["several blocks, sinks"]
     inputs = case.make(parity.Draw(torch.float32, DEVICE))
     first, second = (parity.evaluate("window_attention", case, inputs, impl) for _ in range(2))
     for name, value in first.items():

@@ -61,7 +61,7 @@ def window_attention(
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("segment", segment, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    layout = Layout(q.shape[0], q.shape[1], k.shape[1], window, sinks, segment, start, cu_seqlens, cu_keys)
+    layout = _layout(q, k, window, sinks, segment, start, cu_seqlens, cu_keys)
     _check_layout(layout)
     impl = _dispatch.choose("window_attention", impl, q.device.type, IMPLEMENTATIONS, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -123,6 +123,8 @@ def _form(impl: str):
 
 def _layout(q: Tensor, k: Tensor, window: int, sinks: int, segment: int, start: Tensor | None,
             cu_seqlens: Tensor | None, cu_keys: Tensor | None) -> Layout:
+    if start is None:
+        sinks = min(sinks, k.shape[1])
     return Layout(q.shape[0], q.shape[1], k.shape[1], window, sinks, segment, start, cu_seqlens, cu_keys)
 
 

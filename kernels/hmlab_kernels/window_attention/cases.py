@@ -44,6 +44,12 @@ def _strided(draw: Draw) -> dict:
     return made
 
 
+def _strided_bounds(draw: Draw) -> dict:
+    made = inputs(draw, 1, 60, 1, 16, keys=100, documents=(20, 25, 15), documents_keys=(40, 40, 20), window=14)
+    made |= {name: made[name].repeat_interleave(2)[::2] for name in ("cu_seqlens", "cu_keys")}
+    return made | {"start": draw.tensor([2]).expand(3)}
+
+
 _ALL = ("q", "k", "v")
 CASES = [
     Case("one token", lambda d: inputs(d, 1, 1, 1, 16, sinks=1), _ALL),
@@ -72,6 +78,7 @@ CASES = [
         sinks=2), _ALL),
     Case("wide head", lambda d: inputs(d, 1, 40, 1, 256, window=12, sinks=1), _ALL),
     Case("strided", _strided, _ALL),
+    Case("strided bounds", _strided_bounds, _ALL),
 ]
 
 

@@ -19,6 +19,7 @@ from .._launch import block_dim, dot, on, unit_stride
 from .layout import Layout
 
 _ROWS, _COLUMNS = 64, 128  # of the sinks' partial gradients, summed at a time
+_FAR = 1 << 29  # more than any position, so that sums of a few stay within 32 bits
 
 
 class Sizes(NamedTuple):
@@ -336,11 +337,12 @@ def _blocks(batch: int, time: int, bounds: Tensor | None, size: int) -> _Blocks:
 
 
 class _Call(NamedTuple):
-    """What the launches of one call share; bounds: cu_seqlens and cu_keys, None where all sequences are equal."""
+    """What the launches of one call share; bounds: cu_seqlens, cu_keys (None where sequences are equal) and start."""
 
-    bounds: tuple[Tensor | None, Tensor | None]
+    bounds: tuple[Tensor | None, ...]
     sizes: Sizes
     strides: tuple[int, ...]
+    options: tuple[int, ...]  # window, sinks, segment, lead
     constants: dict
 
 
@@ -350,6 +352,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backward: bool) ->
     if packed:
         queries, keys = layout.sequences(q.device)
         bounds, longest = (queries.bounds, keys.bounds), (queries.longest, keys.longest)
+    start = None if layout.start is None else layout.start.to(q.device).contiguous()
     sizes = block_sizes(q, *longest, backward)
     constants = {
         "PACKED": packed, "STREAMED": layout.start is not None, "GROUP": q.shape[2] // k.shape[2], "DIM": dim,
@@ -357,7 +360,9 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backward: bool) ->
         "SINKS": min(32, block_dim(layout.sinks)) if layout.sinks else 0,
         "num_warps": sizes.warps, "num_stages": sizes.stages,
     }  # fmt: skip
-    return _Call(bounds, sizes, tuple(stride for x in (q, k, v) for stride in x.stride()[:3]), constants)
+    strides = tuple(stride for x in (q, k, v) for stride in x.stride()[:3])
+    options = min(layout.window, _FAR), layout.sinks, min(layout.segment, _FAR), layout.lead
+    return _Call((*bounds, start), sizes, strides, options, constants)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -370,9 +375,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
     blocks = _blocks(layout.batch, layout.time, call.bounds[0], call.sizes.queries)
     with on(q):
         _forward_kernel[blocks.programs * call.constants["GROUP"], k.shape[2]](
-            q, k, v, out, lse, blocks.table, *call.bounds, layout.start, *call.strides,
-            layout.time, layout.keys, blocks.per_sequence, layout.window, layout.sinks, layout.segment, layout.lead,
-            scale / math.log(2), **call.constants,
+            q, k, v, out, lse, blocks.table, *call.bounds, *call.strides,
+            layout.time, layout.keys, blocks.per_sequence, *call.options, scale / math.log(2), **call.constants,
         )  # fmt: skip
     return out, lse
 
@@ -395,11 +399,11 @@ def backward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, out:
         partial = q.new_empty(rows.programs, heads, 2, sinks, dim, dtype=torch.float32)
         sums = q.new_empty(sequences, kv_heads, 2, sinks, dim, dtype=torch.float32)
     strides = *call.strides, *grad_out.stride()[:3]
-    options = batch * time, layout.window, sinks, layout.segment, layout.lead, scale / math.log(2), scale
+    options = batch * time, *call.options, scale / math.log(2), scale
     with on(q):
         _query_gradient_kernel[rows.programs * call.constants["GROUP"], kv_heads](
             q, k, v, out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous(), grad_q, saved, partial,
-            rows.table, *call.bounds, layout.start, *strides, time, layout.keys, rows.per_sequence, *options,
+            rows.table, *call.bounds, *strides, time, layout.keys, rows.per_sequence, *options,
             **call.constants,
         )  # fmt: skip
         if sinks:
@@ -409,7 +413,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, out:
                 call.constants["GROUP"], call.sizes.queries, _ROWS, _COLUMNS,
             )  # fmt: skip
         _key_gradient_kernel[columns.programs, kv_heads](
-            q, k, v, grad_out, grad_k, grad_v, saved, sums, columns.table, *call.bounds, layout.start, *strides,
+            q, k, v, grad_out, grad_k, grad_v, saved, sums, columns.table, *call.bounds, *strides,
             time, layout.keys, columns.per_sequence, *options, **call.constants,
         )  # fmt: skip
     return grad_q, grad_k, grad_v

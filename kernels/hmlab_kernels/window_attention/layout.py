@@ -44,14 +44,14 @@ class Layout(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """The most that a window extends before its query."""
-        return self.window + self.segment - 2
+        """The most that a window extends before its query, over keys that exist."""
+        return min(self.window + self.segment - 2, self.keys)
 
     def window_start(self, position: Tensor) -> Tensor:
         return (position - self.window + 1).clamp(min=0) // self.segment * self.segment
 
     def sequences(self, device: torch.device) -> tuple[_packing.Sequences, _packing.Sequences]:
-        """Queries and keys of the sequences. Reads cu_seqlens and cu_keys; raises ValueError naming them."""
+        """Queries and keys of the sequences, bounds contiguous. Reads cu_seqlens and cu_keys; raises ValueError."""
         queries = _packing.sequences(self.batch, self.time, self.cu_seqlens, device)
         if self.cu_seqlens is not None and self.cu_keys is None:
             keys = queries
@@ -65,7 +65,7 @@ class Layout(NamedTuple):
                     f"cu_keys: expected as many keys as queries after the {self.lead} separate sinks of each sequence, "
                     f"got {int(held[few[0]])} and {int(many[few[0]])} in sequence {few[0]}"
                 )
-        return queries, keys
+        return tuple(each._replace(bounds=each.bounds.contiguous()) for each in (queries, keys))
 
     def spans(self) -> list[Span]:
         """The sequences, on the host."""
