@@ -26,7 +26,7 @@ from .plan import depth
 
 __all__ = ["IMPLEMENTATIONS", "STAGED", "depth", "tree_build", "tree_levels"]
 
-IMPLEMENTATIONS = ("native", "eager", "reference")
+IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 STAGED = ("eager", "reference")
 OUTPUTS = ("nodes",)
 
@@ -78,7 +78,7 @@ def tree_levels(batch: int, time: int, *, banks: int, expansion: int = 0, arity:
     """Where `tree_build` puts each level. ragged: it is given positions; carried: it is given nodes."""
     kernel = arity if kernel is None else kernel
     levels = depth(start + time, arity) if levels is None else levels
-    carry = kernel - 1 if ragged or carried or start else kernel - arity
+    carry = plan.carry_of(arity, kernel, start, carried, ragged)
     return plan.Plan(batch, time, 0, banks, expansion, arity, kernel, start, levels, carry, ragged).levels()
 
 

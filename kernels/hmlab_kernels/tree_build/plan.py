@@ -145,8 +145,14 @@ def make(leaves: Tensor, taps: Tensor, carried: Tensor | None, position: Tensor 
          start: int, levels: int) -> Plan:
     """The plan of a call from what it is given."""
     batch, time, dim = leaves.shape
-    from_nothing = carried is None and position is None and start == 0
-    # At the beginning only an overlapping kernel needs (zero) nodes before the first.
-    carry = kernel - arity if from_nothing else kernel - 1
+    carry = carry_of(arity, kernel, start, carried is not None, position is not None)
     return Plan(batch, time, dim, taps.shape[1], taps.shape[0] - 1, arity, kernel, start, levels, carry,
                 position is not None)  # fmt: skip
+
+
+def carry_of(arity: int, kernel: int, start: int, carried: bool, ragged: bool) -> int:
+    """Places at the front of each table. At the beginning only an overlapping kernel needs them, for zeros; where
+    rows differ, children that there are none of have no place."""
+    if carried or start:
+        return kernel - 1
+    return 0 if ragged else kernel - arity
