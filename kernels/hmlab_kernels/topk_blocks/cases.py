@@ -80,7 +80,7 @@ CASES = [
         "more picks than blocks": lambda d: inputs(d, 1, 9, 1, 80, 7, picks=6, slot_block=2),
         "everything": _everything,
         "all heads together": lambda d: inputs(d, 1, 20, 4, 16, 12, kv_heads=1, groups=1, slot_block=4),
-        "few queries, many slots": lambda d: inputs(d, 1, 3, 1, 16, 150, picks=2) | {"visible": None},
+        "few queries, many slots": lambda d: inputs(d, 1, 3, 1, 16, 260, picks=2) | {"visible": None},
         "wide head": lambda d: inputs(d, 1, 12, 1, 256, 40, query_block=4, slot_block=16),
         "blocks wider than a tile": lambda d: inputs(d, 1, 16, 1, 16, 150, query_block=8, slot_block=70),
         "voters beyond a tile": lambda d: inputs(d, 1, 60, 6, 16, 20, groups=1, kv_heads=1, query_block=30),
