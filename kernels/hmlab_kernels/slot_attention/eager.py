@@ -115,6 +115,7 @@ def _chunks(q: Tensor, k: Tensor, index: Tensor, bias: Tensor | None, visible: T
     groups, kv_heads = index.shape[2], k.shape[2]
     share = q.shape[2] // groups
     index = index.flatten(0, 1)
+    bias, visible = (None if x is None else x.flatten() for x in (bias, visible))
     if k.shape[1] == 0:  # nothing to gather
         index = index[..., :0]
     reads = index.shape[-1] * slot_block
@@ -139,12 +140,12 @@ def _chunks(q: Tensor, k: Tensor, index: Tensor, bias: Tensor | None, visible: T
         rows = slot * kv_heads + kv_head
         mask = None
         if bias is not None:
-            mask = bias.flatten()[rows].masked_fill(~exists, -torch.inf)[:, :, None]
+            mask = bias[rows].masked_fill(~exists, -torch.inf)[:, :, None]
         elif not (on_cpu and exists.all()):
             mask = torch.zeros_like(exists, dtype=torch.promote_types(q.dtype, torch.float32))
             mask = mask.masked_fill_(~exists, -torch.inf)[:, :, None]
         if visible is not None and reads:
-            hidden = query[:, None, :, None] < visible.flatten()[slot][:, :, None]
+            hidden = query[:, None, :, None] < visible[slot][:, :, None]
             if mask is None:
                 mask = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
             mask = torch.where(hidden, -torch.inf, mask).repeat_interleave(share, 2)
