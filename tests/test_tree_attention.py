@@ -59,7 +59,7 @@ def test_heads_too_wide_are_refused():
 
 @pytest.mark.parametrize("impl", FAST)
 def test_two_runs_give_the_same_bits(impl):
-    made = inputs(parity.Draw(torch.float32, DEVICE), 2, 150, 2, 16, documents=(40, 110))
+    made = inputs(parity.Draw(torch.float32, DEVICE), 2, 100, 1, 16, documents=(40, 60))
     first, second = _gradients(made, impl), _gradients(made, impl)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -69,13 +69,15 @@ def test_nodes_that_nobody_reads_have_no_gradient(impl, poisoned):
     """Under packing and padding: of the carried nodes only the youngest is read, and some rows stay empty."""
     made = inputs(parity.Draw(torch.float32, DEVICE), 2, 90, 1, 16, carry=3, starts=(13, 300), documents=(20, 50),
                   padding=20)  # fmt: skip
-    *_, grad = _gradients(made, impl)
-    read = torch.zeros(len(grad), dtype=torch.bool, device=DEVICE)
+    read = torch.zeros(len(made["nodes"]), dtype=torch.bool, device=DEVICE)
     for i, level in enumerate(made["levels"]):
         rows, sees = visible_rows(made["position"], level, 2 ** (i + 1))
         read[rows[sees].flatten()] = True
     assert 0 < read.sum() < len(read)
-    assert torch.equal(grad.flatten(1).any(1), read)
+    if impl in FAST:  # and what they hold reaches nothing
+        made["nodes"][~read] = torch.nan
+    out, *_, grad = _gradients(made, impl)
+    assert torch.equal(grad.flatten(1).any(1), read) and grad.isfinite().all() and out.isfinite().all()
 
 
 def test_runs_longer_than_a_group_are_added_in_stages(monkeypatch, poisoned):
@@ -108,7 +110,8 @@ def test_the_weights_are_those_of_the_output():
     values = [made["own"][:, :, None, 2]]
     for i, level in enumerate(made["levels"]):
         values.append(made["nodes"][visible_rows(made["position"], level, 2 ** (i + 1))[0], 1])
-    torch.testing.assert_close(torch.einsum("bthn,btnhd->bthd", weight, torch.cat(values, 2)), out, rtol=1e-5, atol=1e-5)
+    read = torch.einsum("bthn,btnhd->bthd", weight, torch.cat(values, 2))
+    torch.testing.assert_close(read, out, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_stays_half():
@@ -136,7 +139,7 @@ def _state(draw, batch=3, slots=2, dim=16):
 def test_a_step_is_the_last_position(impl, dtype):
     made, own, nodes, sees = _state(parity.Draw(dtype, DEVICE))
     assert 0 < sees.sum() < sees.numel()
-    whole, _ = tree_attention(**{k: v.double() if k in ("own", "nodes") else v for k, v in made.items()}, impl="reference")
+    whole, _ = tree_attention(**made | {k: made[k].double() for k in ("own", "nodes")}, impl="reference")
     got = tree_attention_step(own, nodes, sees, impl=impl)
     assert got.dtype == dtype and got.is_contiguous()
     assert (parity.relative_error(got, whole[:, -1], dtype) <= 1).all()
@@ -166,7 +169,8 @@ def test_a_step_is_registered_as_torch_expects():
     for impl in ("eager", "fused"):
         torch._dynamo.reset()
         compiled = torch.compile(tree_attention_step, fullgraph=True, backend="aot_eager_decomp_partition")
-        torch.testing.assert_close(compiled(own, nodes, sees, impl=impl), tree_attention_step(own, nodes, sees, impl=impl))
+        expected = tree_attention_step(own, nodes, sees, impl=impl)
+        torch.testing.assert_close(compiled(own, nodes, sees, impl=impl), expected)
 
 
 @pytest.mark.unchecked
@@ -175,7 +179,7 @@ def test_a_step_is_registered_as_torch_expects():
     [
         ({"own": torch.zeros(1, 2, 1, 16)}, r"own: expected \[batch, 3, heads, dim\], got \[1, 2, 1, 16\]"),
         ({"nodes": torch.zeros(1, 5, 2, 1, 8)}, r"nodes: expected \[1, count, 2, 1, 16\], got \[1, 5, 2, 1, 8\]"),
-        ({"nodes": torch.zeros(1, 5, 2, 1, 16).half()}, r"nodes: expected own's dtype torch.float32, got torch.float16"),
+        ({"nodes": torch.zeros(1, 5, 2, 1, 16).half()}, "nodes: expected own's dtype torch.float32, got torch.float16"),
         ({"sees": torch.ones(1, 4).bool()}, r"sees: expected bool \[1, 5\], got torch.bool \[1, 4\]"),
         ({"sees": torch.ones(1, 5)}, r"sees: expected bool \[1, 5\], got torch.float32 \[1, 5\]"),
         ({"impl": "native"}, r"impl: tree_attention_step expected one of \['fused', 'eager', 'reference'\]"),

@@ -1,7 +1,7 @@
 """Tree attention in Triton: a tile of positions attends over the few nodes that it reads, as dense masked attention.
 
 The nodes that TILE neighbouring positions of one row read are few: of each level the one that is the last when the
-tile begins, and those completed inside, together about TILE + levels. They are listed once per tile (`_columns`), in
+tile begins, and those completed inside, together about TILE + levels. They are listed once per tile (`listing.py`), in
 the order level, node, slot; a program then takes one tile and head, reads every listed node once, and leaves the
 products to the matrix units. A node is seen by a run of neighbouring positions, so an interval says who reads it.
 
@@ -16,7 +16,6 @@ A NaN in a node reaches every position of a tile that lists it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,28 +26,29 @@ from torch import Tensor
 from .. import _launch
 from .._launch import dot
 from .levels import Level
+from .listing import Listed, field, list_nodes
 
 GROUP = 32
-_NEVER = 2**31 - 1  # the span of a level that is not there; no position reaches it
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """positions: per program. nodes: listed nodes per step of its loop."""
+    """positions: per program. nodes: listed nodes per step of its loop. registers: at most, per thread."""
 
     positions: int
     nodes: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 def tile_of(dim: int, itemsize: int, *, backward: bool) -> Tile:
-    """Block sizes for heads of a dim: what 255 registers a thread and 227 KiB of shared memory hold."""
+    """Block sizes for heads of a dim: what the registers and 227 KiB of shared memory hold."""
     dim = _launch.block_dim(dim)
     if itemsize == 4:  # no matrix units: products in registers
         return Tile(64, 32, 4, 1) if dim <= 32 else Tile(32, 32, 8, 1) if dim <= 128 else Tile(16, 16, 8, 1)
-    if dim <= 128:
-        return Tile(64, 32, 4, 2) if backward else Tile(64, 32, 8 if dim == 128 else 4, 3)
+    if dim <= 128:  # 16 warps on a multiprocessor in the forward pass, 8 in the backward
+        return Tile(64, 32, 4, 2) if backward else Tile(64, 32, 8 if dim == 128 else 4, 3, registers=128)
     return Tile(64, 32, 8, 2) if dim <= 256 else Tile(32, 32, 8, 1) if dim <= 512 else Tile(16, 16, 8, 1)
 
 
@@ -62,12 +62,12 @@ def forward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level
     own, nodes = _launch.unit_stride(own), _launch.unit_stride(nodes)
     tile = tile_of(dim, own.element_size(), backward=False)
     with _launch.on(own):
-        listed = _list_nodes(position, levels, arity, tile.positions)
+        listed = list_nodes(position, levels, arity, tile.positions)
         _forward[(batch * listed.tiles * heads,)](
             own, *own.stride()[:-1], nodes, *nodes.stride()[:-1], position, *position.stride(), listed.rows,
             listed.marks, listed.many, out, lse, scale, time, listed.tiles, heads, listed.room, dim,
             TILE=tile.positions, NODES=tile.nodes, DIM=_launch.block_dim(dim), num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return out, lse
 
@@ -81,67 +81,20 @@ def backward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Leve
     own, nodes, grad_out = (_launch.unit_stride(x) for x in (own, nodes, grad_out))
     tile = tile_of(dim, own.element_size(), backward=True)
     with _launch.on(own):
-        listed = _list_nodes(position, levels, arity, tile.positions)
+        listed = list_nodes(position, levels, arity, tile.positions)
         edges = own.new_empty(batch * listed.tiles, 2, listed.slots, 2, heads, dim, dtype=torch.float32)
         _backward[(batch * listed.tiles * heads,)](
             own, *own.stride()[:-1], nodes, *nodes.stride()[:-1], position, *position.stride(), listed.rows,
             listed.marks, listed.many, lse.contiguous(), grad_out, *grad_out.stride()[:-1],
             grad_lse.contiguous(), grad_own, grad_nodes, edges, scale, time, listed.tiles, heads, listed.room,
             listed.slots, dim, TILE=tile.positions, NODES=tile.nodes, DIM=_launch.block_dim(dim),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         _add_edges(edges, listed, grad_nodes, batch)
     return grad_own, grad_nodes
 
 
-class _Listed(NamedTuple):
-    """Per tile of each row, the nodes it reads: `rows` (-1: none to read), and in `marks` the first position that sees
-    the node, the first that no longer does, the level's span, and the node's place among the tile's edges (-1: only
-    this tile reads it); `many` of them. before: nodes of each level completed before a tile, `[batch, tiles + 1]`."""
-
-    rows: Tensor
-    marks: Tensor
-    many: Tensor
-    before: Tensor
-    table: Tensor
-    tiles: int
-    slots: int
-    room: int
-
-
-def _list_nodes(position: Tensor, levels: Sequence[Level], arity: int, size: int) -> _Listed:
-    batch, time = position.shape
-    tiles, slots = triton.cdiv(time, size), sum(level.slots for level in levels)
-    # A bound whatever the positions say; what lies behind the listed nodes is never touched.
-    room = slots * (1 + size)
-    table = _table(tuple(levels), arity, position.device)
-    ints = {"dtype": torch.int32, "device": position.device}
-    before = torch.empty(batch, tiles + 1, table.shape[1], **ints)
-    shared = {"TILE": size, "LEVELS": table.shape[1]}
-    _count[(batch * tiles,)](position, *position.stride(), table, before, time, tiles, **shared)
-    before = before.cumsum(1, dtype=torch.int32)
-    rows = torch.empty(batch * tiles, room, dtype=torch.int64, device=position.device)
-    marks, many = torch.empty(batch * tiles, 4, room, **ints), torch.empty(batch * tiles, **ints)
-    _columns[(batch * tiles,)](
-        position, *position.stride(), table, before, rows, marks, many, time, tiles, room, slots,
-        max((level.slots for level in levels), default=0), **shared,
-    )  # fmt: skip
-    return _Listed(rows, marks, many, before, table, tiles, slots, room)
-
-
-@lru_cache(maxsize=64)
-def _table(levels: tuple[Level, ...], arity: int, device: torch.device) -> Tensor:
-    """The fields of every level, its span, and how many slots the levels below it hold: `[8, levels]`."""
-    columns, slots = [], 0
-    for i, level in enumerate(levels):
-        columns.append((*level, min(arity ** (i + 1), _NEVER), slots))
-        slots += level.slots
-    missing = triton.next_power_of_2(max(len(levels), 2)) - len(levels)
-    columns += [(0, 0, 0, 0, 0, 0, _NEVER, slots)] * missing
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device, non_blocking=True)
-
-
-def _add_edges(edges: Tensor, listed: _Listed, grad_nodes: Tensor, batch: int) -> None:
+def _add_edges(edges: Tensor, listed: Listed, grad_nodes: Tensor, batch: int) -> None:
     if not listed.slots:
         return
     width, entries, step = edges.shape[3:].numel(), listed.tiles, 1
@@ -156,76 +109,6 @@ def _add_edges(edges: Tensor, listed: _Listed, grad_nodes: Tensor, batch: int) -
         if groups == 1:
             return
         edges, entries, step = sums, groups, step * GROUP
-
-
-@triton.jit
-def _field(table, index, level, LEVELS: tl.constexpr):
-    return tl.load(table + index * LEVELS + level)
-
-
-@triton.jit
-def _completes(position, position_b, position_t, table, b, t, time, LEVELS: tl.constexpr):
-    """Positions [TILE] in their documents, spans [LEVELS], and 1 where a position completes a node [TILE, LEVELS]."""
-    p = tl.load(position + b * position_b + t * position_t, mask=t < time, other=0).to(tl.int32)
-    span = _field(table, 6, tl.arange(0, LEVELS), LEVELS).to(tl.int32)
-    return p, span, ((p[:, None] % span[None, :] == 0) & (p[:, None] > 0)).to(tl.int32)
-
-
-@triton.jit
-def _count(position, position_b, position_t, table, counts, time, tiles, TILE: tl.constexpr, LEVELS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64)
-    b, tile = at // tiles, at % tiles
-    level = tl.arange(0, LEVELS)
-    t = tile * TILE + tl.arange(0, TILE)
-    _, _, done = _completes(position, position_b, position_t, table, b, t, time, LEVELS)
-    to = counts + (b * (tiles + 1) + tile) * LEVELS + level
-    tl.store(to + LEVELS, tl.sum(done, 0))
-    tl.store(to, tl.zeros([LEVELS], tl.int32), mask=(tile + level * 0) == 0)
-
-
-@triton.jit
-def _columns(position, position_b, position_t, table, before, rows, marks, many, time, tiles, room, held, most,
-             TILE: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64)
-    b, tile = at // tiles, at % tiles
-    level = tl.arange(0, LEVELS)
-    here = tl.arange(0, TILE)
-    p, span, done = _completes(position, position_b, position_t, table, b, tile * TILE + here, time, LEVELS)
-    rank = tl.cumsum(done, 0)  # nodes completed in this tile so far
-    new = tl.sum(done, 0)
-    slots = _field(table, 4, level, LEVELS).to(tl.int32)
-    below = _field(table, 7, level, LEVELS).to(tl.int32)
-    start = tl.cumsum(slots * (1 + new), 0) - slots * (1 + new)
-    tl.store(many + at, tl.sum(slots * (1 + new), 0))
-
-    step = _field(table, 2, level, LEVELS)
-    base = _field(table, 0, level, LEVELS) + b * _field(table, 1, level, LEVELS)
-    stride = _field(table, 3, level, LEVELS)
-    old = _field(table, 5, level, LEVELS) - 1 + tl.load(before + (b * (tiles + 1) + tile) * LEVELS + level)
-    # Zero nodes, or another document's: whatever the memory holds there is not read.
-    sees = tl.max(((rank == 0) & (p[:, None] >= span[None, :])).to(tl.int32), 0)
-    is_read = (sees > 0) & (old >= 0)
-    t = here[:, None] + tl.zeros([TILE, LEVELS], tl.int32)
-    rows += at * room
-    begins = marks + at * 4 * room
-    ends, spans, edges = begins + room, begins + 2 * room, begins + 3 * room
-    for s in range(most):
-        holds = s < slots
-        first = start + s
-        tl.store(rows + first, tl.where(is_read, base + old * step + s * stride, -1), mask=holds)
-        tl.store(begins + first, tl.zeros([LEVELS], tl.int32), mask=holds)
-        tl.store(ends + first + new * slots, tl.zeros([LEVELS], tl.int32) + TILE, mask=holds)
-        tl.store(spans + first, span, mask=holds)
-        tl.store(edges + first, below + s, mask=holds)
-        column = first[None, :] + rank * slots[None, :]
-        stored = (done > 0) & holds[None, :]
-        node = base[None, :] + (old[None, :] + rank) * step[None, :] + s * stride[None, :]
-        last = (held + below + s)[None, :]
-        tl.store(rows + column, node, mask=stored)
-        tl.store(begins + column, t, mask=stored)
-        tl.store(ends + column - slots[None, :], t, mask=stored)
-        tl.store(spans + column, span[None, :] + t * 0, mask=stored)
-        tl.store(edges + column, tl.where(rank == new[None, :], last, -1), mask=stored)
 
 
 @triton.jit
@@ -356,7 +239,7 @@ def _backward(own, own_b, own_t, own_c, own_h, nodes, nodes_r, nodes_c, nodes_h,
 @triton.jit
 def _pick(table, index, level, LEVELS: tl.constexpr):
     every = tl.arange(0, LEVELS)
-    return tl.sum(tl.where(every == level, _field(table, index, every, LEVELS), 0), 0)
+    return tl.sum(tl.where(every == level, field(table, index, every, LEVELS), 0), 0)
 
 
 @triton.jit
@@ -370,21 +253,21 @@ def _add_runs(edges, sums, before, table, grad_nodes, tiles, entries, groups, st
     b, group = at // groups, at % groups
     x = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = x < width
-    level = tl.sum((_field(table, 7, tl.arange(0, LEVELS), LEVELS) <= m).to(tl.int32), 0) - 1
+    level = tl.sum((field(table, 7, tl.arange(0, LEVELS), LEVELS) <= m).to(tl.int32), 0) - 1
     node_step = _pick(table, 2, level, LEVELS)
     base = _pick(table, 0, level, LEVELS) + b * _pick(table, 1, level, LEVELS)
     base += (m - _pick(table, 7, level, LEVELS)) * _pick(table, 3, level, LEVELS)
     base += (_pick(table, 5, level, LEVELS) - 1) * node_step  # the row of the node that earlier calls left
     oldest = 1 - _pick(table, 5, level, LEVELS)  # completed nodes from which there is one to see
-    before += b * (tiles + 1) * LEVELS + level
+    before += (b * LEVELS + level) * (tiles + 1)
     e = group * GROUP
-    start = tl.load(before + e * step * LEVELS)
+    start = tl.load(before + e * step)
     high = start
     acc = tl.zeros([BLOCK], tl.float32)
     first = sums + ((b * groups + group) * 2 * held + m) * width + x
     for _ in range(GROUP):
         low = high
-        high = tl.load(before + tl.minimum((e + 1) * step, tiles) * LEVELS)
+        high = tl.load(before + tl.minimum((e + 1) * step, tiles))
         held_here = edges + ((b * entries + e) * 2 * held + m) * width + x
         acc += tl.load(held_here, mask=inside & (e < entries), other=0)
         ends = high > low
