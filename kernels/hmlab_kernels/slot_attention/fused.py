@@ -3,7 +3,8 @@
 Forward and the gradients of queries: a program per set, head group and tile of its rows (row = query of the set, head
 of the group), which gathers the picked slots tile by tile under a running softmax. The joined attention is where that
 softmax starts, so it is read once and costs no pass of its own. Gradients of slots: the index is inverted by a sort,
-then a program per tile of a slot block and kv head walks the sets that picked it. No atomics: deterministic.
+then a program per tile of a slot block and kv head walks the sets that picked it. No atomics: deterministic, at the
+price that a block which every set picked is the work of one program.
 
 Tiles of rows × slots go through the matrix units; a set with a single row (own sets, own heads) reads each slot for
 one product only and is summed directly. Inputs of all strides but the last are read in place.
@@ -78,11 +79,11 @@ class _Call:
     def __init__(self, q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, out_w, lse_w, query_block,
                  slot_block) -> None:  # fmt: skip
         self.packed = cu_seqlens is not None
-        self.sequences = sequence_of = first_set = None
+        sequence_of = first_set = None
         if self.packed:
-            self.sequences = places.find(q, k, index, start, cu_seqlens, cu_slots, query_block)
-            cu_seqlens, cu_slots = self.sequences.queries.bounds, self.sequences.slots.bounds
-            sequence_of, first_set = self.sequences.sequence, self.sequences.first_set
+            where = places.find(q, k, index, start, cu_seqlens, cu_slots, query_block)
+            cu_seqlens, cu_slots = where.queries.bounds, where.slots.bounds
+            sequence_of, first_set = where.sequence, where.first_set
         q, k, v = (_launch.unit_stride(x) for x in (q, k, v))
         out_w = None if out_w is None else _launch.unit_stride(out_w)
         index, bias, visible, start, lse_w = (
