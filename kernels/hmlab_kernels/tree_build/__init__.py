@@ -28,7 +28,7 @@ __all__ = ["IMPLEMENTATIONS", "STAGED", "depth", "tree_build", "tree_levels"]
 
 IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 STAGED = ("eager", "reference")
-OUTPUTS = ("nodes",)
+OUTPUTS = ("out",)
 
 
 def tree_build(

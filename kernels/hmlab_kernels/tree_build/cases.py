@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
+from torch import Tensor
+
+from .. import bench
 from ..parity import Case, Draw
-from .plan import Plan, depth
+from . import tree_build
+from .plan import depth
 
 
 def inputs(draw: Draw, batch: int, time: int, dim: int, *, banks: int = 1, expansion: int = 0, arity: int = 2,
@@ -81,3 +87,55 @@ STAGED = [
         d, 1, 50, 20, stages=1, norm=True, kernel=3, documents=(20, 26), padding=4, start=9, held=2,
     ), (*_HELD, "deeper", "norm")),
 ]  # fmt: skip
+
+
+def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of the tiles in which the fused form writes its output."""
+    from . import fused
+
+    leaves = inputs["leaves"]
+    tile = fused.tile_of(leaves.shape[2], leaves.element_size())
+    return {"out": (tile.rows, tile.columns)}
+
+
+def benchmarks(device: str) -> list[bench.Case]:
+    """Beside the published formulation, one product of pairs per level, and its gradients."""
+    if device == "cpu":
+        sizes, dtype, impls = ((1, 2048, 32, 1), (1, 32768, 32, 1), (16, 512, 128, 2)), torch.float32, ("native", "eager")
+    else:
+        sizes, dtype, impls = ((1, 8192, 512, 2), (1, 131072, 512, 2)), torch.bfloat16, ("fused", "eager")
+    found = []
+    for batch, time, dim, banks in sizes:
+        made = inputs(Draw(dtype, device), batch, time, dim, banks=banks)
+        runs: dict[str, Callable[..., Tensor]] = {impl: partial(tree_build, impl=impl) for impl in impls}
+        runs["published"] = _published
+        nodes = batch * banks * sum(time // 2**i for i in range(1, time.bit_length()))
+        flops = 4 * nodes * dim**2
+        # Leaves and nodes once, the nodes again as children, the weights.
+        bytes_ = (batch * time * dim + 2 * nodes * dim + made["taps"].numel()) * made["leaves"].element_size()
+        about = {"op": "tree_build", "length": time, "tokens": batch * time, "dtype": str(dtype).removeprefix("torch.")}
+        label = f"batch {batch}, L {time}, dim {dim}, {banks} banks"
+        found.append(bench.Case(
+            f"tree_build forward, {label}", {name: partial(run, **made) for name, run in runs.items()},
+            bytes=bytes_, flops=flops, **about,
+        ))  # fmt: skip
+        found.append(bench.Case(
+            f"tree_build forward and backward, {label}", {name: partial(_both, run, made) for name, run in runs.items()},
+            bytes=3 * bytes_, flops=3 * flops, **about,
+        ))  # fmt: skip
+    return found
+
+
+def _both(run: Callable[..., Tensor], made: dict) -> tuple[Tensor, ...]:
+    given = {name: made[name].detach().requires_grad_() for name in _ALL}
+    nodes = run(**made | given)
+    return torch.autograd.grad(nodes, list(given.values()), torch.ones_like(nodes))
+
+
+def _published(leaves: Tensor, taps: Tensor, bias: Tensor, **_) -> Tensor:
+    level, levels = leaves[:, None].expand(-1, taps.shape[1], -1, -1), []
+    while level.shape[2] > 1:
+        pairs = level[:, :, : level.shape[2] // 2 * 2].unflatten(2, (-1, 2)).flatten(3)
+        level = pairs @ taps[0] + bias[:, None]
+        levels.append(level.transpose(0, 1).flatten(0, 2))
+    return torch.cat(levels)

@@ -2,8 +2,8 @@
 
 A launch for each of many small upper levels would cost more than the levels, so the last ones are built by `_top`:
 one program per row of the batch and bank goes up (or, for gradients, down) level by level. Deterministic: a child's
-gradient is written by one program at a time, and the gradients of the weights are summed in a fixed number of shares,
-`shares` float32 copies of the weights, added in order. Linear summarizers only.
+gradient is written by one program at a time, and the gradients of the weights are summed in shares (float32 copies of
+the weights, as many as the sizes say), added in order. Linear summarizers only.
 """
 
 from __future__ import annotations
@@ -249,10 +249,10 @@ def _top(nodes, taps, bias, index, begin, first, last, span, batch, start, time,
 
 @triton.jit
 def _to_child(grad, grad_below, taps, index, begin, child, b, m, valid, own, slot, column, new, low, below_at,
-              below_row, below_slot, at, row, slot_rows, carry, BANKS: tl.constexpr, TAPS: tl.constexpr, SOURCES: tl.constexpr,
-              KERNEL: tl.constexpr, ARITY: tl.constexpr, DIM: tl.constexpr, RAGGED: tl.constexpr, SHARED: tl.constexpr,
-              READERS: tl.constexpr, TIMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              INNER: tl.constexpr):
+              below_row, below_slot, at, row, slot_rows, carry, BANKS: tl.constexpr, TAPS: tl.constexpr,
+              SOURCES: tl.constexpr, KERNEL: tl.constexpr, ARITY: tl.constexpr, DIM: tl.constexpr,
+              RAGGED: tl.constexpr, SHARED: tl.constexpr, READERS: tl.constexpr, TIMES: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
     """Adds to the gradient of child `child`, slot `slot` of bank `own`, of the new nodes m of rows b. READERS banks
     read it, TIMES times each."""
     d = column + tl.arange(0, COLUMNS)
@@ -319,12 +319,13 @@ def _top_backward(grad, taps, index, begin, first, last, span, batch, start, tim
         before = 1 + (last - down - 1) * EXPANSION
         for group in range(0, KERNEL, ARITY):  # of these children no two nodes share one
             for offset in range(ARITY):
-                child = zero + group + offset
+                exists = zero + group + offset < KERNEL
+                child = tl.minimum(zero + group + offset, KERNEL - 1)
                 for slot in range(before):
                     for m0 in range(0, new, ROWS):
                         m = zero + m0 + tl.arange(0, ROWS)
                         for column in range(0, DIM, COLUMNS):
-                            _to_child(grad, grad, taps, index, begin, child, b, m, (m < new) & (child < KERNEL), bank,
+                            _to_child(grad, grad, taps, index, begin, child, b, m, (m < new) & exists, bank,
                                       zero + slot, column, new, low, below_at, below_row, batch * below_row, at, row,
                                       batch * row, carry, BANKS, TAPS, SOURCES, KERNEL, ARITY, DIM, RAGGED, False, 1, 1,
                                       ROWS, COLUMNS, INNER)  # fmt: skip
