@@ -44,7 +44,8 @@ def tree_attention(
     own: query, key and value of each token. nodes: query and value of every node, rows as `levels` describe.
     position: 1-based position in the document; 0 at padding, where out is 0 and the log-sum-exp −inf.
     scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None takes the device's default. fused is there for heads
-    of up to 2048 bytes. Returns out in own's dtype and the log-sum-exp of the scores (at least float32). Sums run in float32 or better.
+    of up to 2048 bytes.
+    Returns out in own's dtype and the log-sum-exp of the scores (at least float32). Sums run in float32 or better.
     native and fused are deterministic; eager is, except for its backward on CUDA. Raises ValueError by argument.
     """
     if own.ndim != 5 or own.shape[2] != 3:
