@@ -264,7 +264,8 @@ def roofline(measured: xr.Dataset, *, title: str = "Roofline", theme: str = "lig
     for number, candidate in enumerate(measured["candidate"].values):
         reached = (measured["flops"] / measured["median"].sel(candidate=candidate)).values
         if np.isfinite(reached).any():
-            figure.add_scatter(x=intensity, y=reached, mode="markers", name=str(candidate), text=measured["case"].values,
+            figure.add_scatter(x=intensity, y=reached, mode="markers", name=str(candidate),
+                               text=measured["case"].values,
                                marker={"color": COLOURS[number % 6], "size": 9, "symbol": number},
                                hovertemplate="%{text}<br>%{y:.3s}flop/s<extra></extra>")  # fmt: skip
     figure.update_layout(title=title, xaxis_title="flops of a case per byte it must move", yaxis_title="flop/s")

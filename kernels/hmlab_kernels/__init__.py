@@ -11,6 +11,7 @@ import torch
 
 from . import _dispatch
 from ._dispatch import reset_used, used
+from .bucket_lookup import bucket_lookup, buckets
 from .compress_segments import compress_segments
 from .hash_codes import hash_codes
 from .slot_attention import merge, slot_attention
@@ -21,13 +22,9 @@ from .window_attention import window_attention
 
 OPS: dict[str, Callable] = {
     op.__name__: op
-    for op in (tree_build, tree_attention, window_attention, hash_codes, slot_attention, compress_segments, topk_blocks)
+    for op in (tree_build, tree_attention, window_attention, hash_codes, slot_attention, compress_segments, topk_blocks,
+               bucket_lookup)
 }
-try:  # TEMPORARY: while the folder is being written
-    OPS["bucket_lookup"] = importlib.import_module(f"{__name__}.bucket_lookup").bucket_lookup
-except (ModuleNotFoundError, AttributeError):
-    pass
-
 
 def implementations(op: str) -> tuple[str, ...]:
     """The names that `impl=` of an operator takes."""
@@ -50,6 +47,8 @@ def diverge(op: str, case: str, impl_a: str, impl_b: str, **settings):
 
 __all__ = [
     "OPS",
+    "bucket_lookup",
+    "buckets",
     "compress_segments",
     "default_impl",
     "diverge",

@@ -96,7 +96,7 @@ def meter(device: str) -> Callable[[], float] | None:
 
 
 def joules(run: Callable[[], object], device: str, read: Callable[[], float] | None, least: float = 0.5) -> float:
-    """Joules of one call, by repeating it for at least `least` seconds; NaN without a meter or when it wrapped round."""
+    """Joules of one call, by repeating it for at least `least` seconds; NaN without a meter or when that wrapped."""
     if read is None:
         return float("nan")
     synchronize(device)

@@ -5,6 +5,7 @@ A batch `[batch, time, ...]` is a packing of equal sequences; `cu_seqlens` marks
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def sequences(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.de
     if cu_seqlens is None:
         return Sequences(torch.arange(batch + 1, device=device) * time, time)
     ends = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != time or min(lengths, default=0) < 0:
         raise ValueError(f"{name}: expected to rise from 0 to {time}, got {ends[:8]}{' ...' if len(ends) > 8 else ''}")
-    return Sequences(cu_seqlens.to(device=device, dtype=torch.int64), max(lengths, default=0))
+    return Sequences(cu_seqlens.to(device=device, dtype=torch.int64).contiguous(), max(lengths, default=0))

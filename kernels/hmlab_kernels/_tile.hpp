@@ -221,7 +221,8 @@ void weights(const T* xt, const T* yt, Rows<T>& rows, int64_t dim, Scratch<T>& w
         for (int h = 0; h < 2; ++h) {
             at(p + h * W) = exponential(at(p + h * W));
             const V<T> less = delta ? at(delta + h * W) : V<T>{} + rows.a[j];
-            at(s + h * W) = at(p + h * W) * (at(s + h * W) - less);
+            // A weight of 0 may belong to what is never read, whatever it holds.
+            at(s + h * W) = at(p + h * W) == 0 ? V<T>{} : at(p + h * W) * (at(s + h * W) - less);
         }
     }
 }
