@@ -101,9 +101,9 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
 def benchmarks(device: str) -> list[bench.Case]:
     """Beside the published formulation, one product of pairs per level, and its gradients."""
     if device == "cpu":
-        sizes, dtype, impls = ((1, 2048, 32, 1), (1, 32768, 32, 1), (16, 512, 128, 2)), torch.float32, ("native", "eager")
+        dtype, impls, sizes = torch.float32, ("native", "eager"), ((1, 2048, 32, 1), (1, 32768, 32, 1), (16, 512, 128, 2))
     else:
-        sizes, dtype, impls = ((1, 8192, 512, 2), (1, 131072, 512, 2)), torch.bfloat16, ("fused", "eager")
+        dtype, impls, sizes = torch.bfloat16, ("fused", "eager"), ((1, 8192, 512, 2), (1, 131072, 512, 2))
     found = []
     for batch, time, dim, banks in sizes:
         made = inputs(Draw(dtype, device), batch, time, dim, banks=banks)
@@ -119,8 +119,9 @@ def benchmarks(device: str) -> list[bench.Case]:
             f"tree_build forward, {label}", {name: partial(run, **made) for name, run in runs.items()},
             bytes=bytes_, flops=flops, **about,
         ))  # fmt: skip
+        both = {name: partial(_both, run, made) for name, run in runs.items()}
         found.append(bench.Case(
-            f"tree_build forward and backward, {label}", {name: partial(_both, run, made) for name, run in runs.items()},
+            f"tree_build forward and backward, {label}", both,
             bytes=3 * bytes_, flops=3 * flops, **about,
         ))  # fmt: skip
     return found

@@ -49,15 +49,25 @@ struct Tree {
     int64_t child_slot(int64_t i, int64_t slot, int64_t bank, int64_t source) const {
         return i == 0 ? 0 : slot * banks + (sources > 1 ? source : bank);
     }
-    int64_t row(int64_t i, int64_t s, int64_t q) const {  // of new node q = b * fresh + j
-        const Level& l = level[i];
-        return l.offset + l.slot * s + l.batch * (q / l.fresh) + l.carry + q % l.fresh;
+};
+
+// Where the new nodes first .. first + count of a level lie, and their children: rows of slot 0.
+struct Block {
+    int64_t count, node[kBlock];
+    std::vector<int64_t> children;  // [kernel, kBlock], -1 for none
+    Block(const Tree& s, int64_t i, int64_t first, int64_t last) : count(last - first), children(s.kernel * kBlock) {
+        const Level &l = s.level[i], &below = s.level[i - 1];
+        int64_t b = first / l.fresh, j = first % l.fresh;
+        for (int64_t r = 0; r < count; ++r) {
+            node[r] = l.offset + l.batch * b + l.carry + j;
+            for (int64_t c = 0; c < s.kernel; ++c) {
+                const int64_t place = l.index ? l.index[(first + r) * s.kernel + c] : l.low + j * s.arity + c;
+                children[c * kBlock + r] = place < 0 ? -1 : below.offset + below.batch * b + place;
+            }
+            if (++j == l.fresh) j = 0, ++b;
+        }
     }
-    int64_t child(int64_t i, int64_t s, int64_t q, int64_t c) const {  // row below of child c of new node q, or -1
-        const Level &l = level[i], &below = level[i - 1];
-        const int64_t place = l.index ? l.index[q * kernel + c] : l.low + q % l.fresh * arity + c;
-        return place < 0 ? -1 : below.offset + below.slot * s + below.batch * (q / l.fresh) + place;
-    }
+    const int64_t* child(int64_t c) const { return children.data() + c * kBlock; }
 };
 
 // acc[r] += Σ_k a[r][k] · panel[k]; the panel holds V vectors per k.
@@ -122,27 +132,29 @@ void forward(const Tree& s, const T* leaves, const T* taps, const T* bias, T* no
 #pragma omp parallel for schedule(static) if (work > kShared)
         for (int64_t item = 0; item < s.level[i].slots * blocks; ++item) {
             const int64_t slot = item / blocks, j = slot / s.banks, k = slot % s.banks;
-            const int64_t first = item % blocks * kBlock, last = std::min(rows, first + kBlock);
+            const int64_t first = item % blocks * kBlock;
+            const Block block(s, i, first, std::min(rows, first + kBlock));
             for (int64_t p = 0; p < panels.count(); ++p)
-                for (int64_t q = first; q < last; q += kRows) {
+                for (int64_t q = 0; q < block.count; q += kRows) {
                     Vector<T> acc[kRows][V];
                     for (int r = 0; r < kRows; ++r)
                         for (int v = 0; v < V; ++v) acc[r][v] = load<V>(bias + k * dim + p * W, v, dim - p * W);
                     for (int64_t tap = std::max<int64_t>(0, j - before + 1); tap <= std::min(j, s.expansion); ++tap)
                         for (int64_t source = 0; source < s.sources; ++source)
                             for (int64_t c = 0; c < parts; ++c) {
+                                const int64_t slots = s.level[i - 1].slot * s.child_slot(i - 1, j - tap, k, source);
                                 const T* a[kRows];
                                 for (int r = 0; r < kRows; ++r) {  // rows past the last repeat it
-                                    const int64_t child = s.child(i, s.child_slot(i - 1, j - tap, k, source),
-                                                                  std::min(q + r, last - 1), c);
-                                    a[r] = child < 0 ? zeros.data() : below + child * dim;
+                                    const int64_t child = block.child(c)[std::min(q + r, block.count - 1)];
+                                    a[r] = child < 0 ? zeros.data() : below + (child + slots) * dim;
                                 }
                                 const int64_t m = s.matrix(tap, k, source);
                                 multiply<V>(a, part, packed.data() + (m * padded + p * W) * length + c * part * W, acc);
                             }
-                    for (int r = 0; r < kRows && q + r < last; ++r)
-                        for (int v = 0; v < V; ++v)
-                            store<V>(acc[r][v], nodes + s.row(i, slot, q + r) * dim + p * W, v, dim - p * W);
+                    for (int r = 0; r < kRows && q + r < block.count; ++r) {
+                        T* target = nodes + (block.node[q + r] + s.level[i].slot * slot) * dim + p * W;
+                        for (int v = 0; v < V; ++v) store<V>(acc[r][v], target, v, dim - p * W);
+                    }
                 }
         }
     }
@@ -161,23 +173,24 @@ void to_children(const Tree& s, int64_t i, int64_t from, int64_t to, const T* pa
 #pragma omp parallel for schedule(static) if (work > kShared)
     for (int64_t item = 0; item < below * blocks; ++item) {
         const int64_t slot = item / blocks, j = i == 1 ? 0 : slot / s.banks, own = i == 1 ? 0 : slot % s.banks;
-        const int64_t first = item % blocks * kBlock, last = std::min(rows, first + kBlock);
+        const int64_t first = item % blocks * kBlock, slots = s.level[i - 1].slot * slot;
+        const Block block(s, i, first, std::min(rows, first + kBlock));
         for (int64_t c = from; c < to; ++c)
             for (int64_t p = 0; p < panels.count(); ++p)
-                for (int64_t q = first; q < last; q += kRows) {
+                for (int64_t q = 0; q < block.count; q += kRows) {
                     Vector<T> acc[kRows][V];
                     T* target[kRows];
                     for (int r = 0; r < kRows; ++r) {
-                        const int64_t child = q + r < last ? s.child(i, slot, q + r, c) : -1;
-                        target[r] = child < 0 ? nullptr : grad_below + child * dim + p * W;
+                        const int64_t child = q + r < block.count ? block.child(c)[q + r] : -1;
+                        target[r] = child < 0 ? nullptr : grad_below + (child + slots) * dim + p * W;
                         for (int v = 0; v < V; ++v)
                             acc[r][v] = target[r] ? load<V>(target[r], v, dim - p * W) : Vector<T>{};
                     }
                     for (int64_t tap = 0; tap <= s.expansion; ++tap)
                         for (int64_t k = banks > 1 ? 0 : own; k < (banks > 1 ? banks : own + 1); ++k) {
-                            const T* a[kRows];
+                            const T *a[kRows], *slot_grad = grad + s.level[i].slot * ((j + tap) * s.banks + k) * dim;
                             for (int r = 0; r < kRows; ++r)
-                                a[r] = grad + s.row(i, (j + tap) * s.banks + k, std::min(q + r, last - 1)) * dim;
+                                a[r] = slot_grad + block.node[std::min(q + r, block.count - 1)] * dim;
                             for (int64_t t = 0; t < times; ++t) {
                                 const int64_t m = s.matrix(tap, k, i == 1 ? t : s.sources > 1 ? own : 0) * s.kernel + c;
                                 multiply<V>(a, dim, packed + (m * padded + p * W) * dim, acc);
@@ -217,22 +230,26 @@ void to_weights(const Tree& s, int64_t share, int64_t shares, const T* leaves, c
     for (int64_t i = 1; i <= s.levels; ++i) {
         const T* below = i == 1 ? leaves : nodes;
         const int64_t begin = s.rows(i) * share / shares, end = s.rows(i) * (share + 1) / shares;
-        for (int64_t slot = 0; slot < s.level[i].slots; ++slot)
-            for (int64_t first = begin; first < end; first += kBlock) {
-                const int64_t rows = std::min(kBlock, end - first), j = slot / s.banks, k = slot % s.banks;
+        for (int64_t first = begin; first < end; first += kBlock) {
+            const Block block(s, i, first, std::min(end, first + kBlock));
+            const int64_t rows = block.count;
+            for (int64_t slot = 0; slot < s.level[i].slots; ++slot) {
+                const int64_t j = slot / s.banks, k = slot % s.banks;
                 for (int64_t r = 0; r < rows; ++r) {
-                    const T* g = grad + s.row(i, slot, first + r) * dim;
-                    for (int64_t n = 0; n < padded; ++n)
-                        packed[(n / W * kBlock + r) * W + n % W] = n < dim ? g[n] : T(0);
+                    const T* g = grad + (block.node[r] + s.level[i].slot * slot) * dim;
+                    for (int64_t p = 0; p < panels.count(); ++p)
+                        for (int v = 0; v < V; ++v)
+                            store<V>(load<V>(g + p * W, v, dim - p * W), packed.data() + (p * kBlock + r) * W, v, W);
                     for (int64_t n = 0; n < dim; ++n) sum_bias[k * dim + n] += g[n];
                 }
                 const int64_t before = s.slots(i - 1);
                 for (int64_t tap = std::max<int64_t>(0, j - before + 1); tap <= std::min(j, s.expansion); ++tap)
                     for (int64_t source = 0; source < s.sources; ++source)
                         for (int64_t c = 0; c < s.kernel; ++c) {
+                            const int64_t slots = s.level[i - 1].slot * s.child_slot(i - 1, j - tap, k, source);
                             for (int64_t r = 0; r < rows; ++r) {
-                                const int64_t at = s.child(i, s.child_slot(i - 1, j - tap, k, source), first + r, c);
-                                x[r] = at < 0 ? zeros.data() : below + at * dim;
+                                const int64_t child = block.child(c)[r];
+                                x[r] = child < 0 ? zeros.data() : below + (child + slots) * dim;
                             }
                             T* into = sum + (s.matrix(tap, k, source) * length + c * dim) * padded;
                             for (int64_t p = 0; p < panels.count(); ++p) {
@@ -244,6 +261,7 @@ void to_weights(const Tree& s, int64_t share, int64_t shares, const T* leaves, c
                             }
                         }
             }
+        }
     }
 }
 
