@@ -33,6 +33,8 @@ VARIANTS = {
     "overlapping-ternary-expsum": {"arity": 3, "kernel": 5, "expansion": 1},
     "depthwise": {"mixing": "depthwise"},
     "full": {"mixing": "full", "expansion": 1},
+    "full-normalised": {"mixing": "full", "depth": 2, "normalise": True},
+    "branch-position-expsum": {"arity": 4, "expansion": 1, "branch_position": True},
     "deep-normalised": {"depth": 3, "normalise": True},
 }
 

@@ -35,7 +35,8 @@ class State(NamedTuple):
 class Config:
     """dim: E. heads: H. banks: K. arity: children per node. kernel: children the summarizer sees (arity if None; more
     overlap). expansion: slots added per level (ExpSum). mixing, depth, normalise, branch_position: the summarizer
-    (see `Summarizer`; branch_position None: on from arity 4). impl: of tree attention, None for the device's default.
+    (see `Summarizer`; branch_position None: on from arity 4). impl: of tree attention, and of tree building where that
+    has it for this summarizer; None for the device's default.
     """
 
     dim: int

@@ -101,9 +101,11 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
 def benchmarks(device: str) -> list[bench.Case]:
     """Beside the published formulation, one product of pairs per level, and its gradients."""
     if device == "cpu":
-        dtype, impls, sizes = torch.float32, ("native", "eager"), ((1, 2048, 32, 1), (1, 32768, 32, 1), (16, 512, 128, 2))
+        dtype, impls = torch.float32, ("native", "eager")
+        sizes = (1, 2048, 32, 1), (1, 32768, 32, 1), (16, 512, 128, 2)
     else:
-        dtype, impls, sizes = torch.bfloat16, ("fused", "eager"), ((1, 8192, 512, 2), (1, 131072, 512, 2))
+        dtype, impls = torch.bfloat16, ("fused", "eager")
+        sizes = (1, 8192, 512, 2), (1, 131072, 512, 2)
     found = []
     for batch, time, dim, banks in sizes:
         made = inputs(Draw(dtype, device), batch, time, dim, banks=banks)
@@ -121,8 +123,7 @@ def benchmarks(device: str) -> list[bench.Case]:
         ))  # fmt: skip
         both = {name: partial(_both, run, made) for name, run in runs.items()}
         found.append(bench.Case(
-            f"tree_build forward and backward, {label}", both,
-            bytes=3 * bytes_, flops=3 * flops, **about,
+            f"tree_build forward and backward, {label}", both, bytes=3 * bytes_, flops=3 * flops, **about
         ))  # fmt: skip
     return found
 
