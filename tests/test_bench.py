@@ -46,7 +46,7 @@ def made(medians, noise=0.0, lengths=(1024, 4096)):
 
 def test_crossover_lies_where_the_lines_cross():
     (found,) = crossovers(made([[2.0, 1.0], [2.0, 4.0]]))
-    assert (found["kind"], found["candidate"], found["against"]) == ("op, L, E 8", "ours", "theirs")
+    assert (found["kind"], found["candidate"], found["against"]) == ("op, L n, E 8", "ours", "theirs")
     assert found["length"] == pytest.approx(2048)
 
 

@@ -1,4 +1,4 @@
-"""The fused kernels compile for a GPU that is not there: Triton's interpreter lets through what its compiler refuses."""
+"""The fused kernels compile for a GPU that is not there: the interpreter lets through what the compiler refuses."""
 
 import os
 import re

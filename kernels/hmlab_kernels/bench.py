@@ -124,7 +124,7 @@ def _together(measured: Sequence):
 def crossovers(measured) -> list[dict[str, str | float]]:
     """From which length on the first candidate of a kind of case beats each other one, among the lengths measured.
 
-    A kind is the cases of one `op` that differ in length only (same name but for its figures after "L"). The length is
+    A kind is the cases whose names are the same but for their length. The length is
     interpolated between two measured ones on logarithmic axes; 0 if it wins from the shortest on, inf if it never
     does. A difference inside the noise floor is not a win.
     """
@@ -150,11 +150,10 @@ def crossovers(measured) -> list[dict[str, str | float]]:
 
 
 def _kinds(measured) -> dict[str, list[int]]:
-    import re
-
     kinds: dict[str, list[int]] = {}
-    for number, name in enumerate(measured["case"].values):
-        kinds.setdefault(re.sub(r"\bL \d+(,\d{3})*", "L", str(name)), []).append(number)
+    for number, (name, length) in enumerate(zip(measured["case"].values, measured["length"].values, strict=True)):
+        kind = str(name).replace(f"{length:,}", "n").replace(str(length), "n")
+        kinds.setdefault(kind, []).append(number)
     return kinds
 
 

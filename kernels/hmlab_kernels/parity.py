@@ -90,11 +90,13 @@ def evaluate(op: str, case: Case, inputs: dict, impl: str) -> dict[str, Tensor]:
                 cotangent = draw.normal(*output.shape).to(output)
                 # An empty set has a log-sum-exp of −inf, which carries no gradient.
                 loss = loss + torch.where(output.isfinite(), output * cotangent, 0).sum()
-        wanted = [inputs[name] for name in case.gradients]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+        wanted = dict(_differentiated(case, inputs))
+        found = [None] * len(wanted)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         outputs |= {
             f"grad {name}": torch.zeros_like(x) if g is None else g
-            for name, x, g in zip(case.gradients, wanted, found, strict=True)
+            for (name, x), g in zip(wanted.items(), found, strict=True)
         }
     return {name: output.detach() for name, output in outputs.items()}
 
@@ -203,15 +205,25 @@ def _named(op: str, result) -> dict[str, Tensor]:
     return dict(zip(names, result, strict=True))
 
 
-def _leaf(x: Tensor) -> Tensor:
+def _differentiated(case: Case, inputs: dict) -> Iterator[tuple[str, Tensor]]:
+    """The tensors to differentiate by, those of a tuple one by one."""
+    for name in case.gradients:
+        value = inputs[name]
+        yield from ((f"{name}[{i}]", x) for i, x in enumerate(value)) if isinstance(value, tuple) else [(name, value)]
+
+
+def _leaf(x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     # detach keeps the strides: a case may be about them
-    return x.detach().requires_grad_()
+    return tuple(map(_leaf, x)) if isinstance(x, tuple) else x.detach().requires_grad_()
 
 
 def _exact(inputs: dict) -> dict:
-    return {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
-    }
+    def wide(x):
+        if type(x) is tuple:
+            return tuple(map(wide, x))
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return {name: wide(x) for name, x in inputs.items()}
 
 
 def _run(ops: Sequence[str], device: str, impls: Sequence[str]) -> Iterator[tuple[str, str, str, torch.dtype, list]]:

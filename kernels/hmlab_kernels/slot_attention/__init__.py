@@ -63,8 +63,6 @@ def slot_attention(
     _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seqlens, cu_slots, joined)
     impl = _dispatch.choose("slot_attention", impl, q.device.type, IMPLEMENTATIONS, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if joined is not None:
-        joined = joined[0].to(q.dtype), joined[1].to(torch.promote_types(q.dtype, torch.float32))
     form = reference.slot_attention if impl == "reference" else torch.ops.hmlab.slot_attention
     return form(q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, *(joined or (None, None)),
                 query_block, slot_block, scale, impl)  # fmt: skip
@@ -121,6 +119,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
             raise ValueError(f"joined: expected out of q's shape {list(q.shape)}, got {list(out.shape)}")
         if lse.shape != q.shape[:3]:
             raise ValueError(f"joined: expected lse of {list(q.shape[:3])}, got {list(lse.shape)}")
+        if out.dtype != q.dtype or lse.dtype != wide:
+            raise ValueError(f"joined: expected out in {q.dtype} and lse in {wide}, got {out.dtype} and {lse.dtype}")
 
 
 def _form(impl: str):

@@ -89,6 +89,7 @@ def _massless(draw: Draw) -> dict:
 
 _SLOTS = ("q", "k", "v")
 _ALL = ("q", "k", "v", "bias")
+_JOINED = (*_ALL, "joined")
 _DOCUMENTS = ((5, 3), (0, 4), (1, 0), (9, 6), (0, 0), (4, 1))
 CASES = [
     Case("one query", lambda d: inputs(d, 1, 1, 4, 1, 16), _ALL),
@@ -110,17 +111,17 @@ CASES = [
         d, 2, 10, 12, 1, 16, query_block=4, slot_block=3, bias=False, visible=True, start=(5, 4)), _SLOTS),
     Case("holes, empty sets", lambda d: inputs(d, 2, 7, 12, 1, 16, query_block=2, slot_block=4, holes=True), _ALL),
     Case("no mass", _massless, _SLOTS),
-    Case("joined", lambda d: inputs(d, 1, 9, 12, 4, 16, kv_heads=2, query_block=4, slot_block=2, joined=True), _ALL),
-    Case("joined, holes", lambda d: inputs(d, 1, 6, 8, 2, 20, holes=True, joined=True, visible=True), _ALL),
-    Case("joined to no slots", lambda d: inputs(d, 1, 5, 0, 2, 16, holes=True, joined=True), _ALL),
+    Case("joined", lambda d: inputs(d, 1, 9, 12, 4, 16, kv_heads=2, query_block=4, slot_block=2, joined=True), _JOINED),
+    Case("joined, holes", lambda d: inputs(d, 1, 6, 8, 2, 20, holes=True, joined=True, visible=True), _JOINED),
+    Case("joined to no slots", lambda d: inputs(d, 1, 5, 0, 2, 16, holes=True, joined=True), _JOINED),
     Case("packed", lambda d: inputs(
         d, 1, 19, 14, 2, 16, query_block=4, slot_block=2, documents=_DOCUMENTS, visible=True), _ALL),
     Case("packed, started, joined", lambda d: inputs(
         d, 1, 19, 14, 1, 16, query_block=4, documents=_DOCUMENTS, start=(1, 7, 2, 3, 0, 9), sets=12,
-        joined=True), _ALL),
+        joined=True), _JOINED),
     Case("packed, nothing", lambda d: inputs(d, 1, 0, 0, 2, 16, documents=((0, 0),)), _ALL),
     Case("wide head", lambda d: inputs(d, 1, 5, 18, 1, 256, query_block=3, slot_block=4), _ALL),
-    Case("strided", _strided, _ALL),
+    Case("strided", _strided, _JOINED),
 ]
 
 

@@ -51,7 +51,7 @@ def backward(
 def _readers(index: Tensor, where: places.Places, kv_heads: int, slot_block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which sets and groups (entry = set · groups + group) picked each slot block, sorted by block and kv head: the
     first block of each sequence, and where the entries of each (block, kv head) begin."""
-    groups, picks = index.shape[2:]
+    groups = index.shape[2]
     blocks = (where.slots.bounds.diff() + slot_block - 1) // slot_block
     begin = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
     flat = index.flatten(0, 1).to(torch.int64)
