@@ -30,11 +30,13 @@ _SIZES = [
 
 
 class Tile(NamedTuple):
-    """rows: nodes of a tile. columns: of the dim. inner: of the axis summed over."""
+    """rows: nodes of a tile. columns: of the dim. inner: of the axis summed over. side: of a tile of a weight, and the
+    nodes that it takes in at a time."""
 
     rows: int
     columns: int
     inner: int
+    side: int
     warps: int
     stages: int
 
@@ -43,8 +45,8 @@ def tile_of(dim: int, itemsize: int) -> Tile:
     """Block sizes: the accumulator in registers, two or three steps of operands in shared memory."""
     dim = _launch.block_dim(dim)
     if itemsize == 4:  # no matrix units: products in registers
-        return Tile(64, min(dim, 64), min(dim, 32), 4, 2)
-    return Tile(64, min(dim, 128), min(dim, 64), 4, 3)
+        return Tile(64, min(dim, 64), min(dim, 32), min(dim, 32), 4, 2)
+    return Tile(64, min(dim, 128), min(dim, 64), min(dim, 64), 4, 3)
 
 
 def forward(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: None, norm: None, carried: Tensor | None,
@@ -61,7 +63,7 @@ def forward(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: None, norm: None
             if tiles:
                 _level[tiles, plan.slots(i), triton.cdiv(plan.dim, tile.columns)](
                     first if i == 1 else flat, flat, taps, bias, index, starts[i - 1], plan.batch, plan.new(i),
-                    plan.low(i), 1 + max(i - 1, 0) * plan.expansion, *places[i - 1], *places[i], plan.carry,
+                    plan.low(i), 1 + (i - 1) * plan.expansion, *places[i - 1], *places[i], plan.carry,
                     SHARED=i == 1, ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, **form,
                     num_warps=tile.warps, num_stages=tile.stages,
                 )  # fmt: skip
@@ -107,10 +109,11 @@ def backward(grad: Tensor, flat: Tensor, leaves: Tensor, taps: Tensor, bias: Ten
         shares = max(1, min(rows // SHARE, 64, 2**24 // taps.numel()))
         grad_taps = taps.new_empty(shares, *taps.shape, dtype=torch.float32)
         grad_bias = taps.new_empty(shares, len(taps), *bias.shape, dtype=torch.float32)
-        side = min(tile.columns, 64)
-        _to_weights[matrices * triton.cdiv(plan.dim, side), triton.cdiv(plan.dim, side), shares](
+        sides = triton.cdiv(plan.dim, tile.side)
+        _to_weights[matrices * sides, sides, shares](
             first, flat, grad, index, grad_taps, grad_bias, plan.depth, plan.batch, plan.start, plan.time, plan.carry,
-            EXPANSION=plan.expansion, ROWS=tile.rows, SIDE=side, **form, num_warps=tile.warps, num_stages=tile.stages,
+            EXPANSION=plan.expansion, ROWS=tile.side, SIDE=tile.side, **form, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     grad_leaves, grad_carried = plan.end(grad_first, grad, carried)
     grad_taps, grad_bias = grad_taps.sum(0).to(taps.dtype), grad_bias.sum((0, 1)).to(bias.dtype)
