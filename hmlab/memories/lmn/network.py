@@ -8,9 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hmlab_kernels.tree_attention import attention_weights, tree_attention
+from hmlab_kernels.tree_attention import (
+    STEP_IMPLEMENTATIONS,
+    attention_weights,
+    tree_attention,
+    tree_attention_step,
+)
 from hmlab_kernels.tree_build import depth
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmlab.memory import Memory, document_positions
@@ -147,14 +152,10 @@ class LogarithmicMemory(Memory):
         flat = torch.cat([table[:, :, -1] for table in tables[1:]]) if levels else x.new_empty(0, *x.shape)
         own, nodes = self._project(x[:, None], flat.transpose(0, 1))
         seen = [position >= arity**level for level in range(1, levels + 1) for _ in range(self.slots(level))]
-        mask = torch.stack([position > 0, *seen], 1)[:, None, None]
-        # One query, the token's key, against the queries of the nodes: the roles are swapped, the sum is the same.
-        query = torch.cat([own[:, :, 0], nodes[:, :, 0]], 1).transpose(1, 2)
-        value = torch.cat([own[:, :, 2], nodes[:, :, 1]], 1).transpose(1, 2)
-        read = F.scaled_dot_product_attention(own[:, :, 1].transpose(1, 2), query, value, attn_mask=mask)
-        self._observe(
-            lambda: _weights(own[:, 0, 1], query, mask[:, 0, 0])[:, None], position[:, None], levels
-        )
+        sees = torch.stack(seen, 1) if seen else position.new_empty(len(x), 0, dtype=torch.bool)
+        impl = self.config.impl if self.config.impl in STEP_IMPLEMENTATIONS else None
+        read = tree_attention_step(own[:, 0], nodes, sees, impl=impl)
+        self._observe(lambda: _weights(own[:, 0], nodes, sees)[:, None], position[:, None], levels)
         return self.out_proj(read.flatten(1)), _state(position, tables)
 
     def _plan(self, x: Tensor, state: State | None, reset: Tensor | None, valid: Tensor | None):
@@ -237,7 +238,9 @@ def _state(position: Tensor, tables: list[Tensor]) -> State:
 
 
 def _weights(
-    key: Float[Tensor, "batch heads dim"], query: Float[Tensor, "batch heads node dim"], mask: Tensor
+    own: Float[Tensor, "batch 3 heads dim"], nodes: Float[Tensor, "batch count 2 heads dim"],
+    sees: Bool[Tensor, "batch count"],
 ) -> Float[Tensor, "batch heads node"]:
-    score = (query * key[:, :, None]).sum(-1).float() * key.shape[-1] ** -0.5
-    return score.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    queries = torch.cat([own[:, :1], nodes[:, :, 0]], 1)
+    score = torch.einsum("bhd,bnhd->bhn", own[:, 1].float(), queries.float()) * own.shape[-1] ** -0.5
+    return score.masked_fill(~F.pad(sees, (1, 0), value=True)[:, None], -torch.inf).softmax(-1)

@@ -20,9 +20,16 @@ from torch import Tensor
 from .. import _dispatch
 from . import eager, native, reference
 from .levels import Level, flatten, unflatten
-from .step import tree_attention_step
+from .step import STEP_IMPLEMENTATIONS, tree_attention_step
 
-__all__ = ["IMPLEMENTATIONS", "Level", "attention_weights", "tree_attention", "tree_attention_step"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "STEP_IMPLEMENTATIONS",
+    "Level",
+    "attention_weights",
+    "tree_attention",
+    "tree_attention_step",
+]
 
 IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("out", "lse")
