@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,14 +43,15 @@ from hmlab.information.statistics import Occurrences, Statistics, Stream, hash_p
 @dataclass(frozen=True, kw_only=True)
 class DensityConfig:
     """densities: names from `DENSITIES`. segment: S, tokens per segment. table: K, buckets of tokens; bigram_table: of
-    pairs. concentration: c, how many tokens the prior weighs. horizon: tokens until counts are forgotten, at least a
-    segment; None: never. spectral_order: `order` of the spectral entropy."""
+    pairs. concentration: c, how many tokens the prior weighs; 64 is near the shortest code of books, in bytes and in
+    words, of 4K to 64K tokens. horizon: tokens until counts are forgotten, at least a segment; None: never.
+    spectral_order: `order` of the spectral entropy."""
 
     densities: tuple[str, ...] = ("surprisal", "conditional_entropy", "mutual_information", "kl", "js")
     segment: int = 64
     table: int = 4096
     bigram_table: int = 65536
-    concentration: float = 16.0
+    concentration: float = 64.0
     horizon: int | None = None
     spectral_order: int = 1
 
@@ -96,6 +96,17 @@ def segment_density(
     return torch.stack([DENSITIES[name](segments) for name in config.densities], -1), segments.statistics()
 
 
+def _once(compute: Callable[[Segments], Tensor]) -> property:
+    """A property computed once; `functools.cached_property` holds a lock in Python 3.11, which no graph can."""
+
+    def get(self: Segments) -> Tensor:
+        if compute.__name__ not in self._known:
+            self._known[compute.__name__] = compute(self)
+        return self._known[compute.__name__]
+
+    return property(get, doc=compute.__doc__)
+
+
 class Segments:
     """What is known of the segments of a call: the argument of every function in `DENSITIES`.
 
@@ -110,6 +121,7 @@ class Segments:
     ) -> None:
         _check(tokens, statistics, config, keys, logits, reset, valid)
         self.config, self.tokens, self.keys, self.logits = config, tokens, keys, logits
+        self._known: dict[str, Tensor] = {}
         self._stream = Stream(tokens, statistics, config.horizon, reset, valid)
         self._present = self._stream.present[:, config.segment :]
         self.counted = self._stream.cut(self._stream.counted)
@@ -119,11 +131,11 @@ class Segments:
         bits = torch.where(self.counted, self._stream.cut(bits), 0)
         return bits.sum(-1) / self.counted.sum(-1).clamp(min=1)
 
-    @cached_property
+    @_once
     def _bucket(self) -> Int[Tensor, "batch time"]:
         return self.tokens % self.config.table
 
-    @cached_property
+    @_once
     def _unigrams(self) -> Occurrences:
         return Occurrences(self._stream.tokens % self.config.table, self._stream.present)
 
@@ -136,22 +148,22 @@ class Segments:
         """n up to a time."""
         return self._stream.running(self._unigrams, self._stream.held.unigrams, self._bucket, end)
 
-    @cached_property
+    @_once
     def _count_at_token(self) -> Tensor:
         return self._count(self._stream.time)
 
-    @cached_property
+    @_once
     def probability(self) -> Float[Tensor, "batch time"]:
         """q(x) of each token, counts up to it."""
         return self._prior(self._count_at_token, self._stream.running_total(self._stream.time))
 
-    @cached_property
+    @_once
     def _pair(self) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
         """Bucket of each token's pair with the one before it, and whether there is one."""
         bucket = hash_pair(self._stream.previous_tokens(), self.tokens, self.config.bigram_table)
         return bucket, self._present & (self._stream.previous >= 0)
 
-    @cached_property
+    @_once
     def conditional_probability(self) -> Float[Tensor, "batch time"]:
         """q(x | previous token) of each token, counts up to it."""
         stream, size = self._stream, self.config.segment
@@ -165,30 +177,30 @@ class Segments:
         c = self.config.concentration
         return (n + c * self.probability) / (context + c)
 
-    @cached_property
+    @_once
     def _before(self) -> tuple[Tensor, Tensor]:
         """n and N up to the segment."""
         return self._count(self._stream.part), self._stream.running_total(self._stream.part)
 
-    @cached_property
+    @_once
     def global_probability(self) -> Float[Tensor, "batch time"]:
         """q(x) of each token, counts up to its segment."""
         return self._prior(*self._before)
 
-    @cached_property
+    @_once
     def _local_count(self) -> Int[Tensor, "batch time"]:
         """Occurrences of each token in its segment."""
         stream = self._stream
         end = stream.at_segment_end(stream.time) + 1
         return self._unigrams.count(self._bucket, stream.part, end).clamp(min=1)
 
-    @cached_property
+    @_once
     def local_probability(self) -> Float[Tensor, "batch time"]:
         """p(x) of each token in its segment."""
         size = self.counted.sum(-1, keepdim=True).clamp(min=1).expand(self.counted.shape).flatten(1)
         return self._local_count / size
 
-    @cached_property
+    @_once
     def information_gain(self) -> Float[Tensor, "batch time"]:
         """log2 q(x | previous segment) / q°(x) of each token."""
         stream, c = self._stream, self.config.concentration
