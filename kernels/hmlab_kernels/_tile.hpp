@@ -160,11 +160,25 @@ struct Scratch {
     alignas(64) T s[kChunk * kLanes<T>], p[kChunk * kLanes<T>];
 };
 
+template <typename T>
+struct LaneNumbers {
+    alignas(64) T at[kLanes<T>];
+    constexpr LaneNumbers() : at{} {
+        for (int i = 0; i < kLanes<T>; ++i) at[i] = T(i);
+    }
+};
+template <typename T>
+inline constexpr LaneNumbers<T> lane_numbers{};
+
 // What lies outside a row's lanes becomes −inf.
 template <typename T>
 inline void mask(T* s, int first, int last) {
-    for (int i = 0; i < first; ++i) s[i] = -std::numeric_limits<T>::infinity();
-    for (int i = last; i < kLanes<T>; ++i) s[i] = -std::numeric_limits<T>::infinity();
+    if (first == 0 && last == kLanes<T>) return;
+    const V<T> none = V<T>{} - std::numeric_limits<T>::infinity();
+    for (int h = 0; h < 2; ++h) {
+        const V<T> lane = at(lane_numbers<T>.at + h * kVector<T>);
+        at(s + h * kVector<T>) = (lane >= T(first)) & (lane < T(last)) ? at(s + h * kVector<T>) : none;
+    }
 }
 
 // The scale is applied to scores, not to queries, so that the backward pass rounds as the forward pass did and the
