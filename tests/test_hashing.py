@@ -133,8 +133,8 @@ def test_sampled_components_agree_as_often_as_responsibilities_overlap(seed):
     draws = [family.sampled_codes(v.expand(1, TABLES, 1, 3)) for v in (x, y)]
     assert _follows(draws[0] == draws[1], family.collision_probability(overlap))
     shares = torch.bincount(draws[0].flatten(), minlength=5)
-    for share, probability in zip(shares, family.responsibilities(x).flatten(), strict=True):
-        assert stats.binomtest(int(share), TABLES, float(probability)).pvalue > LEVEL
+    for share, probability in zip(shares, family.responsibilities(x).flatten().tolist(), strict=True):
+        assert stats.binomtest(int(share), TABLES, probability).pvalue > LEVEL
 
 
 @pytest.mark.parametrize(("make", "pair", "value"), [
@@ -143,12 +143,11 @@ def test_sampled_components_agree_as_often_as_responsibilities_overlap(seed):
 ])  # fmt: skip
 def test_a_family_of_reduced_vectors_follows_the_averaged_law(make, pair, value):
     x, y = pair(value)
-    agree = []
-    for _ in range(1500):
-        project = reduction.RandomProjectionConfig(dim=DIM, reduced=5).build()
-        family = Reduced(project, make(dim=5, tables=3, bits=4).build())
-        agree.append((family.codes(x) == family.codes(y)).flatten())
-    agree, similarity = torch.stack(agree), torch.tensor(value, dtype=torch.float64)
+    # Every head is a draw of its own.
+    project = reduction.RandomProjectionConfig(dim=DIM, heads=TABLES, reduced=5).build()
+    family = Reduced(project, make(dim=5, heads=TABLES, tables=3, bits=4).build())
+    codes = [family.codes(v.expand(1, 1, TABLES, DIM)) for v in (x, y)]
+    agree, similarity = (codes[0] == codes[1])[0, 0, :, :, 0], torch.tensor(value, dtype=torch.float64)
     assert _follows(agree[:, 0], family.collision_probability(similarity))
     assert _follows(agree.any(1), family.recall(similarity))
     if value == 0.4:  # the law of the unreduced vectors is another
@@ -180,7 +179,7 @@ def test_the_law_of_p_stable_hashing_is_its_defining_integral():
 def test_the_law_of_cross_polytopes_where_it_is_known():
     angle = torch.tensor([0.0, 0.01, 0.3, 1.0, 2.0, math.pi], dtype=torch.float64)
     one = cross_polytope.Config(dim=2, rows=1).build().collision_probability(angle)
-    torch.testing.assert_close(one, 1 - angle / math.pi, rtol=0, atol=1e-7)
+    torch.testing.assert_close(one, 1 - angle / math.pi, rtol=0, atol=1e-6)
     right = torch.tensor([math.pi / 2], dtype=torch.float64)
     for rows in (2, 16, 256):
         law = cross_polytope.Config(dim=2, rows=rows).build().collision_probability
@@ -266,7 +265,8 @@ def test_queries_that_need_less_look_less_far_and_reach_the_target():
     # The 20 pairs of a draw share its hyperplanes; at most that makes the deviation √20 times that of 6000 pairs.
     assert abs(found - expected) < 4 * math.sqrt(20 * variance)
     assert 0.9 <= expected / 6000 < 0.95
-    assert 0.05 < work / (6000 * 56) < 0.5
+    # With fewer lookups than three, more is found than by three tables whatever the margins.
+    assert 1 < work / 6000 < 3 and expected / 6000 > family.recall(torch.tensor(0.35), tables=3)
 
 
 @pytest.mark.parametrize("family", [
@@ -400,10 +400,11 @@ def test_straight_codes_are_signs_with_the_slope_of_soft_ones():
     x = torch.randn(2, 5, 2, DIM, dtype=torch.float64, requires_grad=True)
     soft, straight = family.soft_codes(x), family.soft_codes(x, straight=True)
     bits = family.codes(x)[..., :1] >> torch.arange(3) & 1
-    torch.testing.assert_close(straight, 2.0 * bits - 1)
+    torch.testing.assert_close(straight, 2.0 * bits - 1, check_dtype=False)
     assert torch.equal(soft > 0, straight > 0) and soft.abs().max() < 1
-    to_soft, to_straight = (torch.autograd.grad((c * c.detach().cos()).sum(), [x, *family.parameters()])
-                            for c in (soft, soft + straight - straight.detach() - (soft - soft.detach())))  # fmt: skip
+    upstream = torch.randn_like(soft)
+    inputs = [x, *family.parameters()]
+    to_soft, to_straight = (torch.autograd.grad(c, inputs, upstream, retain_graph=True) for c in (soft, straight))
     for a, b in zip(to_soft, to_straight, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.autograd.gradcheck(family.soft_codes, (x,))
@@ -592,18 +593,18 @@ def test_buckets_merge_when_emptied_and_not_before_the_lower_bound():
 
 
 def test_buckets_that_are_asked_for_divide_and_cold_ones_merge_again():
-    adaptive = buckets.Config(bits=6, most_load=64, least_load=32, most_work=4, least_work=2, decay=0.5).build()
+    adaptive = buckets.Config(bits=6, most_load=64, least_load=32, most_work=4.0, least_work=3.0, decay=0.5).build()
     codes = torch.arange(32, dtype=torch.int32).view(1, 32, 1, 1)
     state = adaptive.update(adaptive.init_state(1, 1, 1), written=codes)
     assert state.depth.unique().tolist() == [0]
     probed = torch.zeros(1, 50, 1, 1, 1, dtype=torch.int32)
     hot = adaptive.update(state, probed=probed)
     assert adaptive.loads(hot)[0, 0, 0, 0] <= 4 and hot.depth[0, 0, 0, 1] == 1
-    # As many probes everywhere: no bucket of 32 · share is scanned too often.
+    # As many probes everywhere: a node of depth d has work 32 / 4^d, 2 at depth 2.
     cold = hot
     for _ in range(12):
         cold = adaptive.update(cold, probed=torch.arange(64, dtype=torch.int32).view(1, 64, 1, 1, 1))
-    assert cold.depth.max() < hot.depth.max()
+    assert hot.depth.max() == 3 and cold.depth.unique().tolist() == [2]
 
 
 def test_the_gate_lets_only_hot_buckets_through():
@@ -654,15 +655,15 @@ def test_the_recall_curve_against_brute_force():
     (lambda: hyperplane.Config(dim=4, bits=32), "bits"),
     (lambda: cross_polytope.Config(dim=4, rows=64, bits=5), "bits"),
     (lambda: cross_polytope.Config(dim=4, rows=257), "rows"),
-    (lambda: p_stable.Config(dim=4, width=0), "width"),
-    (lambda: learned.Config(dim=4, temperature=0), "temperature"),
+    (lambda: p_stable.Config(dim=4, width=0.0), "width"),
+    (lambda: learned.Config(dim=4, temperature=0.0), "temperature"),
     (lambda: tree.Config(dim=4, bits=5), "bits"),
-    (lambda: mixture.Config(dim=4, least_variance=0), "least_variance"),
+    (lambda: mixture.Config(dim=4, least_variance=0.0), "least_variance"),
     (lambda: reduction.RandomProjectionConfig(dim=4, reduced=1), "reduced"),
     (lambda: reduction.PCAConfig(dim=4, reduced=5), "reduced"),
     (lambda: buckets.Config(most_load=3, least_load=4), "least_load"),
     (lambda: buckets.Config(bits=25), "bits"),
-    (lambda: buckets.Config(decay=2), "decay"),
+    (lambda: buckets.Config(decay=2.0), "decay"),
     (lambda: minhash.Config(tables=0), "tables"),
 ])  # fmt: skip
 def test_bad_configurations_are_named(make, argument):

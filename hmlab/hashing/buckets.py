@@ -125,7 +125,7 @@ class AdaptiveBuckets:
         code = torch.arange(asked.shape[-1], device=asked.device)
         # Every bucket once: by its least code, which is its low bits.
         first = code >> state.depth == 0
-        count, order = asked.masked_fill(~first, -1).sort(-1, descending=True, stable=True)
+        count, order = asked.masked_fill(~first, -1).sort(dim=-1, descending=True, stable=True)
         count = count.clamp(min=0)
         total = count.sum(-1, keepdim=True)
         hot = (count.cumsum(-1) - count < share * total) & (count > 0) | (total == 0)

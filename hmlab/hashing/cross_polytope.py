@@ -7,7 +7,7 @@
 Source: Andoni et al. 2015 (arXiv 1509.02897), who give the limit ln 1/P = θ'^2 / (4 - θ'^2) ln m with θ' the distance
 of the unit vectors. The exact law above holds because rows are independent Gaussians instead of a rotation's, which
 for a dim well above `rows` are nearly the same. G comes from Plackett's ∂G/∂ρ = 2 φ_ρ(u, v) - 2 φ_ρ(u, -v)
-with ρ = sin α (Drezner & Wesolowsky 1990).
+with ρ = sin α (Drezner & Wesolowsky 1990); the integrals are taken to 1e-6 from an angle of 0.01 on.
 
 A code is the number whose digits are `bits` such hashes. A probe replaces one of them by the coordinate of next
 rank; the smallest gap between the two comes first.

@@ -69,7 +69,7 @@ class Hyperplane(Family):
         margin, differs = self._certainty(x, angle)
         differs = differs.clamp(max=1 - torch.finfo(differs.dtype).eps)
         same = (1 - differs).log().sum(-1, keepdim=True).exp()
-        flipped = margin.sort(-1, stable=True).indices[..., : probes - 1]
+        flipped = margin.sort(dim=-1, stable=True).indices[..., : probes - 1]
         odds = differs / (1 - differs)
         return torch.cat((same, same * odds.gather(-1, flipped)), -1)
 

@@ -82,7 +82,7 @@ class PStable(Family):
         wall = torch.stack([normal_cdf((edge - rest) / spread) for edge in (-1, 0, 1, 2)], -1)
         below, same, above = wall.diff(dim=-1).unbind(-1)
         code = same.log().sum(-1, keepdim=True).exp()
-        order = torch.stack((rest, 1 - rest), -1).flatten(-2).argsort(-1, stable=True)[..., : probes - 1]
+        order = torch.stack((rest, 1 - rest), -1).flatten(-2).argsort(dim=-1, stable=True)[..., : probes - 1]
         odds = (torch.stack((below, above), -1) / same[..., None]).flatten(-2)
         return torch.cat((code, code * odds.gather(-1, order)), -1)
 

@@ -32,7 +32,7 @@ def enough_probes(probability: Float[Tensor, "*queries tables probes"], target: 
     probability = probability.clamp(0, 1)
     missed = (1 - probability.cumsum(-1)).clamp(min=torch.finfo(probability.dtype).tiny).log()
     gain = (-missed).diff(dim=-1, prepend=torch.zeros_like(missed[..., :1]))
-    order = probability.flatten(-2).argsort(-1, descending=True, stable=True)
+    order = probability.flatten(-2).argsort(dim=-1, descending=True, stable=True)
     found = -torch.expm1(-gain.flatten(-2).gather(-1, order).cumsum(-1))
     # A probe is taken if those before it fell short.
     before = torch.nn.functional.pad(found[..., :-1], (1, 0))

@@ -32,13 +32,14 @@ from hmlab.layers import check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class RandomProjectionConfig:
-    """dim: before, reduced: after, at least 2."""
+    """dim: before, reduced: after, at least 2. heads: a projection of its own for each head, or 1: shared."""
 
     dim: int
     reduced: int
+    heads: int = 1
 
     def __post_init__(self) -> None:
-        check_positive(self, "dim")
+        check_positive(self, "dim", "heads")
         if self.reduced < 2:
             raise ValueError(f"reduced: expected at least 2, got {self.reduced}")
 
@@ -47,15 +48,16 @@ class RandomProjectionConfig:
 
 
 class RandomProjection(nn.Module):
-    """weight: R / √m `[reduced, dim]`, the same for all heads."""
+    """weight: R / √m `[heads, reduced, dim]`."""
 
     def __init__(self, config: RandomProjectionConfig) -> None:
         super().__init__()
         self.config, self.reduced = config, config.reduced
-        self.register_buffer("weight", torch.randn(config.reduced, config.dim) / math.sqrt(config.reduced))
+        drawn = torch.randn(config.heads, config.reduced, config.dim)
+        self.register_buffer("weight", drawn / math.sqrt(config.reduced))
 
     def forward(self, x: Float[Tensor, "batch time heads dim"]) -> Float[Tensor, "batch time heads reduced"]:
-        return project(x, self.weight[None]).to(x.dtype)
+        return project(x, self.weight).to(x.dtype)
 
     def spread(self, similarity: Float[Tensor, "*any"], kind: Similarity
                ) -> tuple[Float[Tensor, "*any nodes"], Float[Tensor, "*any nodes"]]:

@@ -80,8 +80,8 @@ class Tree(Family):
         path = torch.zeros_like(projection[:, :, 0], dtype=torch.int64)
         for level in range(self.bits):
             value, nodes = projection[:, :, level], 2**level
-            order = value.argsort(-1, stable=True)
-            order = order.gather(-1, path.gather(-1, order).argsort(-1, stable=True))
+            order = value.argsort(dim=-1, stable=True)
+            order = order.gather(-1, path.gather(-1, order).argsort(dim=-1, stable=True))
             size = torch.zeros(*path.shape[:2], nodes, dtype=torch.int64, device=path.device)
             size.scatter_add_(-1, path, torch.ones_like(path))
             middle = size.cumsum(-1) - size // 2  # where the upper half of each node begins
@@ -113,7 +113,7 @@ class Tree(Family):
             margin.append(signed[..., 0].abs())
             upper = (signed > 0) ^ (crosses == level)
             path = path + 2**level * upper
-        nearest = torch.stack(margin, -1).argsort(-1, stable=True)[..., : probes - 1]
+        nearest = torch.stack(margin, -1).argsort(dim=-1, stable=True)[..., : probes - 1]
         return torch.cat((path[..., :1], path[..., 1:].gather(-1, nearest)), -1).int() if probes > 1 else path.int()
 
     def hash_probability(self, similarity):
