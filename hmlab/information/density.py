@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -96,10 +97,10 @@ def segment_density(
     return torch.stack([DENSITIES[name](segments) for name in config.densities], -1), segments.statistics()
 
 
-def _once(compute: Callable[[Segments], Tensor]) -> property:
+def _once(compute: Callable[[Segments], Any]) -> property:
     """A property computed once; `functools.cached_property` holds a lock in Python 3.11, which no graph can."""
 
-    def get(self: Segments) -> Tensor:
+    def get(self: Segments) -> Any:
         if compute.__name__ not in self._known:
             self._known[compute.__name__] = compute(self)
         return self._known[compute.__name__]
@@ -121,7 +122,7 @@ class Segments:
     ) -> None:
         _check(tokens, statistics, config, keys, logits, reset, valid)
         self.config, self.tokens, self.keys, self.logits = config, tokens, keys, logits
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[str, Any] = {}
         self._stream = Stream(tokens, statistics, config.horizon, reset, valid)
         self._present = self._stream.present[:, config.segment :]
         self.counted = self._stream.cut(self._stream.counted)

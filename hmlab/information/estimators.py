@@ -4,13 +4,14 @@ N samples fall n_i times on outcome i; K outcomes are seen.
 
     plug-in         H = - Σ (n_i / N) ln(n_i / N), too small by about (K - 1) / 2N
     Miller–Madow    plug-in + (K - 1) / 2N                             Miller 1955
-    Grassberger     H = ln N - (1 / N) Σ n_i G(n_i),                   Grassberger 2003 (arXiv physics/0307138)
+    Grassberger     H = ψ(N) - (1 / N) Σ n_i G(n_i),                   Grassberger 2003 (arXiv physics/0307138),
                     G(n) = ψ(n) + ½ (-1)^n (ψ((n + 1) / 2) - ψ(n / 2))
 
-in nats, divided by ln 2. Grassberger's is the default: where most outcomes are seen rarely or never, as words are,
-Miller–Madow leaves most of the bias, and his leaves about half of that. Chao & Shen's (2003) is about as good there,
-but falls back to the plug-in's bias once no outcome is single. No correction knows of outcomes that the samples are too
-few to hint at.
+in nats, divided by ln 2. Grassberger's is the default: where many outcomes are seen rarely or never, as words are,
+Miller–Madow leaves most of the bias, and his about half of that. Chao & Shen's (2003) leaves less under Zipf's law, but
+overshoots elsewhere and falls back to the plug-in's bias once no outcome is single. No correction knows of outcomes
+that the samples are too few to hint at. Deviation: ψ(N) for Grassberger's ln N, as in Schürmann 2004
+(arXiv cond-mat/0403192, ξ = ½), which is right for a fixed N; with ln N two outcomes have a bias of the plug-in's size.
 
     H(Y|X) = H(X, Y) - H(X)          I(X; Y) = H(X) + H(Y) - H(X, Y), each H estimated; a corrected I may be negative
 
@@ -68,7 +69,7 @@ def _grassberger(n: Tensor, total: Tensor) -> Tensor:
     seen = torch.where(n > 0, n, 1)
     sign = 1 - 2 * (seen % 2)
     g = torch.digamma(seen) + sign * (torch.digamma((seen + 1) / 2) - torch.digamma(seen / 2)) / 2
-    return total.log() - (n * g).sum(-1) / total
+    return torch.digamma(total) - (n * g).sum(-1) / total
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -104,8 +105,9 @@ def standard_error(estimate: Callable[[Tensor], Tensor], counts: Int[Tensor, "*t
 
         se² = (N - 1) / N · Σ_i n_i (θ_i - θ̄)², θ̄ = Σ_i n_i θ_i / N, θ_i: the estimate without one sample of cell i
 
-    estimate: a function of tables `[batch, *table]`, for instance `estimate_entropy`. At least two samples. It tells
-    the scatter of the estimate, not its bias.
+    estimate: a function of tables `[batch, *table]`, smooth in the counts, for instance
+    `partial(estimate_entropy, method="miller-madow")`; not Grassberger's, whose alternating terms a jackknife takes for
+    scatter, twice too much and more. At least two samples. It tells the scatter of the estimate, not its bias.
     """
     total = counts.sum()
     if counts.is_floating_point() or total < 2:
