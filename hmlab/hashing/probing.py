@@ -23,8 +23,9 @@ def enough_probes(probability: Float[Tensor, "*queries tables probes"], target: 
                   ) -> tuple[Bool[Tensor, "*queries tables probes"], Float[Tensor, "*queries"]]:
     """The probes to look up so that each query reaches `target` recall, and the recall that it then has.
 
-    probability: of finding the wanted vector in each probe, not rising along the probes of a table. All probes where
-    even they do not reach the target; one at least. Raises ValueError by argument.
+    probability: of finding the wanted vector in each probe, not rising along the probes of a table: what
+    `probe_probability` gives, or the largest responsibilities of a mixture. All probes are taken where even they do
+    not reach the target; one at least. Raises ValueError by argument.
     """
     if not 0 < target <= 1:
         raise ValueError(f"target: expected above 0 and at most 1, got {target}")

@@ -146,7 +146,10 @@ class PCA(nn.Module):
 
 
 class Reduced(Family):
-    """A family that hashes reduced vectors. reduction: maps `[batch, time, heads, dim]` to fewer dim."""
+    """A family that hashes reduced vectors. reduction: maps `[batch, time, heads, dim]` to fewer dim.
+
+    Its laws are of the vectors given, for a pair fixed before R is drawn; an overlap is that of the reduced vectors.
+    """
 
     def __init__(self, reduction: RandomProjection | PCA, family: Family) -> None:
         super().__init__()
@@ -172,5 +175,7 @@ class Reduced(Family):
 
     def _average(self, law, similarity: Tensor) -> Tensor:
         check_similarity(self.similarity, similarity)
+        if self.similarity == "overlap":
+            return law(similarity)
         values, probability = self.reduction.spread(similarity, self.similarity)
         return (law(values) * probability).sum(-1)
