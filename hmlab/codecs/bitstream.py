@@ -41,6 +41,7 @@ class Bits:
         whole = 8 * len(encoded.data)
         if not 0 < encoded.bits <= whole:
             raise ValueError(f"encoded: expected 1 to {whole} bits for {len(encoded.data)} bytes, got {encoded.bits}")
+        self._tokens = encoded.tokens
         self._digits = fixed(int.from_bytes(encoded.data, "big"), whole)[: encoded.bits]
         self._place = 0
 
@@ -55,13 +56,23 @@ class Bits:
         """A number that `fixed` wrote."""
         return int(self.take(width), 2) if width else 0
 
-    def delta(self) -> int:
-        """A number that `delta` wrote."""
+    def delta(self, most: int | None = None) -> int:
+        """A number that `delta` wrote, at most `most`."""
         zeros = 0
         while self.take() == "0":
             zeros += 1
         length = int("1" + self.take(zeros), 2)
-        return int("1" + self.take(length - 1), 2)
+        number = int("1" + self.take(length - 1), 2)
+        if most is not None and number > most:
+            raise ValueError(f"encoded: expected a number up to {most}, found {number}")
+        return number
+
+    def count(self) -> int:
+        """The number of tokens, which a header begins with."""
+        count = self.delta() - 1
+        if count != self._tokens:
+            raise ValueError(f"encoded: expected a header of {self._tokens} tokens, found {count}")
+        return count
 
     def word(self, words: dict[str, int]) -> int:
         """What the next word of a prefix code stands for."""

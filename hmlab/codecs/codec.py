@@ -62,13 +62,7 @@ class Codec(nn.Module):
 
     def encode(self, k: Segments, v: Segments, slots: int | None = None) -> Code:
         """Code every segment with this many slots; None takes as many as there can be."""
-        if k.ndim != 5 or not k.is_floating_point():
-            raise ValueError(f"k: expected floats [batch, segments, segment, kv_heads, dim], "
-                             f"got {k.dtype} of shape {list(k.shape)}")  # fmt: skip
-        if v.shape != k.shape or v.dtype != k.dtype:
-            raise ValueError(f"v: expected {k.dtype} {list(k.shape)} as k is, got {v.dtype} {list(v.shape)}")
-        if 0 in k.shape[2:]:
-            raise ValueError(f"k: expected at least one token, head and channel, got shape {list(k.shape)}")
+        check_segments(k, v)
         most = self.most(*k.shape[2:])
         slots = most if slots is None else slots
         if not 1 <= slots <= most:
@@ -153,7 +147,8 @@ class WholeSegment(Codec):
         return segment
 
     def encode(self, k, v, slots=None):
-        if slots is not None and k.ndim == 5 and slots != k.shape[2]:
+        check_segments(k, v)
+        if slots is not None and slots != k.shape[2]:
             raise ValueError(f"slots: expected all {k.shape[2]} tokens of the segment, got {slots}")
         return super().encode(k, v, slots)
 
@@ -173,6 +168,17 @@ class Identity(WholeSegment):
 
     def reconstruct(self, code):
         return code.k, code.v
+
+
+def check_segments(k: Tensor, v: Tensor) -> None:
+    """Refuse keys and values that are no segments of each other's shape."""
+    if k.ndim != 5 or not k.is_floating_point():
+        raise ValueError(f"k: expected floats [batch, segments, segment, kv_heads, dim], "
+                         f"got {k.dtype} of shape {list(k.shape)}")  # fmt: skip
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v: expected {k.dtype} {list(k.shape)} as k is, got {v.dtype} {list(v.shape)}")
+    if 0 in k.shape[2:]:
+        raise ValueError(f"k: expected at least one token, head and channel, got shape {list(k.shape)}")
 
 
 def check_heads(config: object, kv_heads: int, dim: int) -> None:

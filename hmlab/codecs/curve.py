@@ -18,10 +18,10 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from hmlab.codecs.codec import Codec, Distortion, Queries, Segments, bits
+from hmlab.codecs.codec import Codec, Distortion, Queries, Segments, bits, check_segments
 
 
-def gaussian_bound(eigenvalues: Float[np.ndarray, "dim"], rate: Float[np.ndarray, "*rates"]
+def gaussian_bound(eigenvalues: Float[np.ndarray, "channels"], rate: Float[np.ndarray, "*rates"]
                    ) -> Float[np.ndarray, "*rates"]:
     """D(R) of independent Gaussian vectors: least squared error, summed over channels, at `rate` bits a vector.
 
@@ -39,7 +39,7 @@ def gaussian_bound(eigenvalues: Float[np.ndarray, "dim"], rate: Float[np.ndarray
     log_level = (np.log2(variance).cumsum() - 2 * np.asarray(rate, np.float64)[..., None]) / count
     above = (log_level <= np.log2(variance)).cumprod(-1).sum(-1).astype(np.int64)
     level = np.exp2(np.take_along_axis(log_level, above[..., None] - 1, -1))
-    return np.minimum(level, variance).sum(-1)
+    return np.asarray(np.minimum(level, variance).sum(-1))
 
 
 def rate_distortion(
@@ -56,13 +56,15 @@ def rate_distortion(
         keys, values, attention, mass          see `Distortion`
         reconstruction                         mean of `keys` and `values`
         bound                                  least `reconstruction` at that rate of independent Gaussian tokens with
-                                               the covariance of these: text is neither, and may be below
+                                               the covariance of these. Text is neither and may be below, and so are
+                                               floats kept as they are, for the bound is of real numbers
         shared                                 bits that a codec learned or was fitted to, not in the rate; by codec
 
     Raises ValueError by argument: no codecs, a codec without sizes, keys or values that do not vary.
     """
     if not codecs or not all(len(sizes) for _, sizes in codecs.values()):
         raise ValueError("codecs: expected at least one codec, each with at least one number of slots")
+    check_segments(k, v)
     eigenvalues = _eigenvalues(k, v)
     names, slots = list(codecs), sorted({size or 0 for _, sizes in codecs.values() for size in sizes})
     shape = (len(names), len(slots))
@@ -88,7 +90,7 @@ def rate_distortion(
     return curve
 
 
-def _eigenvalues(k: Segments, v: Segments) -> Float[np.ndarray, "dim"]:
+def _eigenvalues(k: Segments, v: Segments) -> Float[np.ndarray, "channels"]:
     """Of the covariance of (keys, values) of all heads, keys and values scaled to a variance of one half each."""
     parts = []
     for name, x in (("k", k), ("v", v)):

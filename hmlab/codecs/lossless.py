@@ -83,9 +83,9 @@ class AdaptiveHuffman:
     def decode(self, encoded: Encoded) -> Int64[np.ndarray, "time"]:
         bits = Bits(encoded)
         tree, tokens = FGKTree(), []
-        for _ in range(bits.delta() - 1):
+        for _ in range(bits.count()):
             token = tree.read(bits.take)
-            tokens.append(bits.delta() - 1 if token is None else token)
+            tokens.append(bits.delta(2**63) - 1 if token is None else token)
             tree.count(tokens[-1])
         return np.array(tokens, np.int64)
 
@@ -106,9 +106,9 @@ class RunLength:
     def encode(self, tokens: Ids) -> Encoded:
         alphabet, ranks = _checked(tokens)
         width = max(len(alphabet) - 1, 0).bit_length()
-        words = []
+        words, listed = [], ranks.tolist()
         for start, length, repeats in self._phrases(ranks):
-            words += [delta(length), delta(repeats), *(fixed(r, width) for r in ranks[start : start + length])]
+            words += [delta(length), delta(repeats), *(fixed(r, width) for r in listed[start : start + length])]
         return written(_header(ranks, alphabet), "".join(words), len(ranks))
 
     def _phrases(self, ranks: np.ndarray) -> list[tuple[int, int, int]]:
@@ -239,8 +239,10 @@ def _header(ranks: np.ndarray, alphabet: list[int]) -> str:
 
 
 def _read_header(bits: Bits) -> tuple[int, list[int]]:
-    count, symbols = bits.delta() - 1, bits.delta() - 1
-    return count, [following - 1 for following in accumulate(bits.delta() for _ in range(symbols))]
+    count, symbols = bits.count(), bits.delta() - 1
+    alphabet = [following - 1 for following in accumulate(bits.delta(2**63) for _ in range(symbols))]
+    _below(alphabet[-1] if alphabet else 0, 2**63)
+    return count, alphabet
 
 
 def _below(number: int, size: int) -> int:

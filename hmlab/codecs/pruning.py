@@ -28,7 +28,8 @@ class _Norm:
             raise ValueError(f"by: expected 'keys' or 'values', got {self.by!r}")
 
     def norm(self, k: Tensor, v: Tensor, *axes: int) -> Tensor:
-        return torch.linalg.vector_norm(k if self.by == "keys" else v, dim=axes, dtype=torch.float32)
+        x = k if self.by == "keys" else v
+        return torch.linalg.vector_norm(x, dim=axes, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class TokenPruning(Codec):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from hmlab.codecs.codec import Code, WholeSegment
@@ -24,8 +25,8 @@ class Quantisation(WholeSegment):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """bits: of a number, 2 to 8, packed without gaps. scale: one for each token (row) of a head, or one for each
-        channel of a head, in a segment."""
+        """bits: of a number, 2 to 8; those of a head in a segment are packed without gaps. scale: one for each token
+        (row), or one for each channel, of a head in a segment."""
 
         bits: int = 8
         scale: Literal["token", "channel"] = "token"
@@ -40,10 +41,11 @@ class Quantisation(WholeSegment):
             return Quantisation(self)
 
     class Side(NamedTuple):
-        """keys, values: scales. width: numbers in a row."""
+        """keys, values: scales. rows, width: of the vectors."""
 
         keys: Float[Tensor, "batch segments rows_or_1 kv_heads dim_or_1"]
         values: Float[Tensor, "batch segments rows_or_1 kv_heads dim_or_1"]
+        rows: int
         width: int
 
     def __init__(self, config: Config) -> None:
@@ -53,12 +55,17 @@ class Quantisation(WholeSegment):
 
     def _encode(self, k, v, slots):
         scales = [x.abs().amax(-1 if self.config.scale == "token" else 2, keepdim=True) / self.highest for x in (k, v)]
-        return Code(*map(self._integers, (k, v), scales), self.Side(*scales, k.shape[-1]))
+        return Code(*map(self._integers, (k, v), scales), self.Side(*scales, k.shape[2], k.shape[4]))
 
-    def _integers(self, x: Tensor, scale: Tensor) -> UInt8[Tensor, "batch segments rows kv_heads bytes"]:
+    def _integers(self, x: Tensor, scale: Tensor) -> UInt8[Tensor, "batch segments 1 kv_heads bytes"]:
         whole = (x / torch.where(scale > 0, scale, 1)).round().clamp(-self.highest, self.highest)
-        return pack(whole.int() + self.highest, self.config.bits)
+        return pack(rearrange(whole.int() + self.highest, "b s t h d -> b s 1 h (t d)"), self.config.bits)
 
     def reconstruct(self, code):
-        return tuple((unpack(x, self.config.bits, code.side.width) - self.highest).to(scale.dtype) * scale
-                     for x, scale in zip(code[:2], code.side[:2], strict=True))  # fmt: skip
+        *scales, rows, width = code.side
+        return tuple(self._numbers(x, rows, width).to(scale.dtype) * scale
+                     for x, scale in zip(code[:2], scales, strict=True))  # fmt: skip
+
+    def _numbers(self, packed: Tensor, rows: int, width: int) -> Int[Tensor, "batch segments {rows} kv_heads {width}"]:
+        whole = unpack(packed, self.config.bits, rows * width) - self.highest
+        return rearrange(whole, "b s 1 h (t d) -> b s t h d", t=rows)

@@ -125,10 +125,10 @@ class SparseDictionary(Codec):
             return SparseDictionary(self)
 
     class Side(NamedTuple):
-        """keys, values: packed numbers of each token's atoms."""
+        """keys, values: packed numbers of the tokens' atoms."""
 
-        keys: UInt8[Tensor, "batch segments segment kv_heads bytes"]
-        values: UInt8[Tensor, "batch segments segment kv_heads bytes"]
+        keys: UInt8[Tensor, "batch segments kv_heads bytes"]
+        values: UInt8[Tensor, "batch segments kv_heads bytes"]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -141,13 +141,12 @@ class SparseDictionary(Codec):
         for _ in range(steps):
             code = self.encode(k, v, slots)
             for part, (tokens, weights, packed) in enumerate(zip((k, v), code[:2], code.side, strict=True)):
-                atom = unpack(packed, width_of(self.config.atoms), slots).long()
+                atom = self._chosen(packed, weights)
                 dense = weights.new_zeros(*weights.shape[:-1], self.config.atoms).scatter_(-1, atom, weights)
                 dense, tokens = (rearrange(x, "b s t h w -> h (b s t) w").double() for x in (dense, tokens))
-                gram = dense.mT @ dense
-                used = gram.diagonal(dim1=1, dim2=2) > 0
-                best = torch.linalg.lstsq(gram + torch.diag_embed((~used).double()), dense.mT @ tokens).solution
-                self.atoms[part] = torch.where(used[..., None], best.to(self.atoms.dtype), self.atoms[part])
+                best = torch.linalg.pinv(dense.mT @ dense, hermitian=True) @ (dense.mT @ tokens)
+                used = dense.any(1)[..., None]
+                self.atoms[part] = torch.where(used, best.to(self.atoms.dtype), self.atoms[part])
         return self
 
     def most(self, segment, kv_heads, dim):
@@ -159,10 +158,18 @@ class SparseDictionary(Codec):
         width = width_of(self.config.atoms)
         return Code(coded[0][0], coded[1][0], self.Side(*(pack(atom, width) for _, atom in coded)))
 
+    def _chosen(self, packed: Tensor, weights: Tensor) -> Int[Tensor, "batch segments segment kv_heads slots"]:
+        """The atoms of a code, one for each of its weights."""
+        segment, slots = weights.shape[2], weights.shape[4]
+        atom = unpack(packed, width_of(self.config.atoms), segment * slots).long()
+        return rearrange(atom, "b s h (t m) -> b s t h m", m=slots)
+
     def _dictionary(self, dtype: torch.dtype) -> Float[Tensor, "two kv_heads atoms dim"]:
         return F.normalize(self.atoms, dim=-1).to(dtype)
 
-    def _pursue(self, x: Tensor, atoms: Tensor, count: int) -> tuple[Tensor, Int[Tensor, "batch segments segment h m"]]:
+    def _pursue(self, x: Tensor, atoms: Tensor, count: int
+                ) -> tuple[Float[Tensor, "batch segments segment kv_heads slots"],
+                           Int[Tensor, "batch segments kv_heads chosen"]]:
         """Weights and numbers of the atoms of every token: the atom nearest to what is left, then all weights anew."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         tokens, atoms = rearrange(x, "b s t h d -> h (b s t) d").to(dtype), atoms.to(dtype)
@@ -176,13 +183,12 @@ class SparseDictionary(Codec):
             gram = chosen @ chosen.mT + 4 * torch.finfo(dtype).eps * torch.eye(chosen.shape[2], device=x.device)
             weights = torch.linalg.solve(gram.to(dtype), chosen @ tokens[..., None])
             left = tokens - (weights.mT @ chosen)[..., 0, :]
-        shape = "h (b s t) m -> b s t h m"
         sizes = dict(zip("bst", x.shape[:3], strict=True))
-        return rearrange(weights[..., 0].to(x.dtype), shape, **sizes), rearrange(index, shape, **sizes)
+        return (rearrange(weights[..., 0].to(x.dtype), "h (b s t) m -> b s t h m", **sizes),
+                rearrange(index, "h (b s t) m -> b s h (t m)", **sizes))  # fmt: skip
 
     def reconstruct(self, code):
-        width, slots = width_of(self.config.atoms), code.k.shape[-1]
         head = torch.arange(self.config.kv_heads, device=code.k.device)[:, None]
         parts = zip(code[:2], self._dictionary(code.k.dtype), code.side, strict=True)
-        return tuple(torch.einsum("bsthm,bsthmd->bsthd", x, atoms[head, unpack(packed, width, slots).long()])
+        return tuple(torch.einsum("bsthm,bsthmd->bsthd", x, atoms[head, self._chosen(packed, x)])
                      for x, atoms, packed in parts)  # fmt: skip
