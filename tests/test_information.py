@@ -450,6 +450,7 @@ def test_counts_hold_every_token_of_the_horizon_and_their_size_stays():
         current = 4 * call % 12
         assert statistics.unigrams.sum(-1).tolist() == [[current, min(12, 4 * call - current)]]
         assert sum(t.numel() for t in statistics) == size
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in statistics)
 
 
 def test_long_counts_do_not_overflow():

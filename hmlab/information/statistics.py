@@ -98,7 +98,8 @@ class Stream:
         self.counted = self.present[:, self.segment :] & (self.document == self.at_segment_end(self.document))
         self.generations = Generations(*(t[:, call] for t in generations))
         self._after = Generations(*(t[:, -1:] for t in generations))
-        self._last_document, self._end = document[:, -1:], position[:, -1]
+        # A copy: a view would keep the positions of all tokens alive in the statistics.
+        self._last_document, self._end = document[:, -1:], position[:, -1].clone()
 
     def _generations(self, time: Tensor, document: Tensor, position: Tensor, horizon: int | None) -> Generations:
         turns, weight = torch.zeros_like(time, dtype=torch.bool), torch.ones_like(position)
