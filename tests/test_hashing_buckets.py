@@ -9,10 +9,12 @@ from hmlab_kernels.bucket_lookup import bucket_lookup
 from hmlab_kernels.bucket_lookup import buckets as sorted_buckets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from hmlab.hashing import (
     NOWHERE,
     buckets,
+    cross_polytope,
     distinct,
     enough_probes,
     hyperplane,
@@ -22,6 +24,7 @@ from hmlab.hashing import (
     recall_curve,
 )
 
+LEVEL = 1e-5
 TABLES = 4000
 DIM = 12
 
@@ -41,10 +44,12 @@ def _at_distance(distance: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("config", "pair", "value"), [
     *((hyperplane.Config(dim=DIM, tables=TABLES, bits=4), _at_angle, value) for value in (0.2, 0.6, 1.2, 2.0)),
+    *((cross_polytope.Config(dim=DIM, tables=TABLES, rows=7), _at_angle, value) for value in (0.05, 0.6, 2.0)),
+    *((cross_polytope.Config(dim=DIM, tables=TABLES, rows=4, bits=2), _at_angle, value) for value in (0.3, 1.2)),
     *((p_stable.Config(dim=DIM, tables=TABLES, bits=3), _at_distance, value) for value in (0.1, 0.4, 1.0, 2.0)),
 ])  # fmt: skip
 def test_probes_find_as_often_as_margins_say(config, pair, value):
-    """Hits are independent given the margins, so their number is within 4.5 standard deviations (p < 1e-5)."""
+    """Hits are independent given the margins, so their number is Poisson binomial, held to LEVEL in either tail."""
     family = config.build()
     x, y = pair(value)
     probability = family.probe_probability(x, value, probes=5).flatten(0, 2)[0].double()
@@ -52,8 +57,8 @@ def test_probes_find_as_often_as_margins_say(config, pair, value):
     for probe in range(5):
         p, h = probability[:, probe], hit[:, probe]
         for half in (p > p.median(), p <= p.median()):  # calibrated, not only right on average
-            deviation = (p[half] * (1 - p[half])).sum().sqrt()
-            assert (h[half].sum() - p[half].sum()).abs() < 4.5 * deviation, (probe, h.float().mean(), p.mean())
+            hits, law = int(h[half].sum()), stats.poisson_binom(p[half].clamp(0, 1).numpy())
+            assert min(law.cdf(hits), law.sf(hits - 1)) > LEVEL, (probe, hits, p[half].sum())
     assert probability.sum(1).max() <= 1 + 1e-6
 
 

@@ -23,7 +23,7 @@ from hmlab_kernels.hash_codes import hash_codes, margins
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from hmlab.hashing.family import PRIME, Family, check_probes, normal_cdf, quadrature, with_probes
+from hmlab.hashing.family import PRIME, Family, check_probes, check_similarity, normal_cdf, quadrature, with_probes
 from hmlab.layers import check_positive
 
 # Standard deviations beyond which a normal density is 0 in float64 sums.
@@ -76,8 +76,7 @@ class CrossPolytope(Family):
         place = (2 * rows) ** torch.arange(self.bits, device=x.device)
         gap = x.new_zeros(*ranked.shape[:-1], 0)
         if probes > 1:
-            largest = margins(x, weight).sort(-1, descending=True).values[..., :ranks]
-            gap = (largest[..., :1] - largest[..., 1:]).unflatten(-2, (self.tables, self.bits))
+            gap = self._gaps(margins(x.detach(), weight), ranks)
         return with_probes(ranked[..., 0], ranked[..., 1:], gap, place, probes)
 
     def hash_probability(self, similarity):
@@ -94,6 +93,43 @@ class CrossPolytope(Family):
         rows = self.config.rows
         inside = _both_within(u, v, rho) ** (rows - 1)
         return (2 * rows * (density * inside * area).sum((-1, -2))).clamp(0, 1).to(similarity.dtype)
+
+
+    def probe_probability(self, x: Float[Tensor, "batch time heads dim"], angle: float, *, probes: int = 1
+                          ) -> Float[Tensor, "batch time heads tables {probes}"]:
+        """Given the coordinates of x, the probability that a vector at that angle has the code of each of x's probes.
+
+        Vertex i wins with probability ∫_{v > 0} N(v; ρ |u_i|, sin² θ) Π_{j ≠ i} P[|V_j| ≤ v] dv over the draw of the
+        rows across x, V_j ~ N(ρ |u_j|, sin² θ). Holds probes · rows · 64 numbers per hash. Raises ValueError.
+        """
+        rows = self.config.rows
+        check_probes(probes, 1 + self.bits * (rows - 1))
+        check_similarity("angle", torch.tensor(angle))
+        ranks = min(probes, rows)
+        coordinate = margins(x.detach(), self.weight.to(x.dtype))
+        rho, apart = math.cos(angle), max(math.sin(angle), 1e-6)
+        order = coordinate.sort(dim=-1, descending=True, stable=True).indices[..., :ranks]
+        mean = rho * coordinate / apart  # all in units of sin θ
+        winner = mean.gather(-1, order)
+        node, weight = (part.to(mean.dtype) for part in quadrature(64, mean))
+        low = (-winner).clamp(-_REACH, _REACH)[..., None]
+        z = low + (_REACH - low) * (node + 1) / 2
+        v = (winner[..., None] + z).clamp(min=0)[..., None]
+        within = normal_cdf(v - mean[..., None, None, :]) - normal_cdf(-v - mean[..., None, None, :])
+        others = order[..., None, None] != torch.arange(rows, device=x.device)
+        density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * weight * (_REACH - low) / 2
+        wins = (density * torch.where(others, within, 1).prod(-1)).sum(-1)
+        wins = wins.unflatten(-2, (self.tables, self.bits))
+        code = wins[..., 0].prod(-1, keepdim=True)
+        odds = wins[..., 1:] / wins[..., :1].clamp(min=torch.finfo(wins.dtype).tiny)
+        cheapest = self._gaps(coordinate, ranks).flatten(-2).argsort(dim=-1, stable=True)[..., : probes - 1]
+        return torch.cat((code, code * odds.flatten(-2).gather(-1, cheapest)), -1)
+
+    def _gaps(self, coordinate: Float[Tensor, "batch time heads hashes rows"], ranks: int
+              ) -> Float[Tensor, "batch time heads tables bits others"]:
+        """How far the coordinate of each further rank falls short of the largest."""
+        largest = coordinate.sort(dim=-1, descending=True).values[..., :ranks]
+        return (largest[..., :1] - largest[..., 1:]).unflatten(-2, (self.tables, self.bits))
 
 
 def _both_within(u: Float[Tensor, "*#any"], v: Float[Tensor, "*any"], rho: Float[Tensor, "*#any"]
