@@ -16,7 +16,7 @@ Durable: an append is one commit, and has happened when it returns; a process ki
 acknowledged, and of what was not, nothing that a cursor reaches. (Lance leaves it to the operating system when pages
 reach the disk, so a machine that loses power may lose the last seconds.) Any number of processes may read and append
 at once; a reader sees what the cursor that it is given names. Memory: an append holds its own slots, a search what it
-returns, a few partitions of the index, and in exact search one batch of slots.
+returns, in exact search a batch of slots too, and a store keeps at most `CACHE` bytes of its index.
 Units: positions in tokens, density in bits per token. Devices: any; the store itself computes on the CPU.
 Errors: ValueError naming the argument; for a store of other dimensions, dtype or format, what differs.
 """
@@ -38,6 +38,7 @@ from hmlab.stores.search import Found, View, probe, scan
 
 PARTITION = 1024  # slots in a partition of the index: √n of them at a million, and so as many to compare with as within
 GROWTH = 4  # the index is trained anew when there are this many times the slots that it was trained on
+CACHE = 2**28  # bytes of the index that an open store keeps in memory, and four times what it keeps of files' metadata
 NUMBERS = 256  # of slots in one filter
 
 
@@ -79,13 +80,15 @@ class PersistentMemory:
         address, shape = str(address), Shape(dim, heads, dtype)
         if not create and "://" not in address and not Path(address).is_dir():  # to connect would make the folder
             raise FileNotFoundError(f"address: no store at {address}")
-        # Lance reports to stderr how balanced its clusters are, a line for every round of k-means.
-        os.environ.setdefault("LANCE_LOG", "error")
+        # LanceDB reports to stderr how balanced its clusters are, a line for every round of k-means.
+        os.environ.setdefault("LANCEDB_LOG", "error")
         import lancedb
         import pyarrow as pa
 
         # Every read looks for new commits first, so that a cursor from another process can be followed.
-        database = lancedb.connect(address, read_consistency_interval=timedelta(0), storage_options=options)
+        session = lancedb.Session(index_cache_size_bytes=CACHE, metadata_cache_size_bytes=CACHE // 4)
+        database = lancedb.connect(address, read_consistency_interval=timedelta(0), storage_options=options,
+                                   session=session)  # fmt: skip
         # The slots come last, since it is by them that a store is known. Two processes may be making the same one.
         if "slots" in database.list_tables(limit=2**31 - 1).tables:
             slots = database.open_table("slots")
