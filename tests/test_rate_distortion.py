@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import quad
 from scipy.optimize import brentq
+from scipy.stats import norm
 
 from hmlab.codecs import (
     PCA,
@@ -79,14 +81,21 @@ def test_no_codec_crosses_the_bound_on_gaussian_tokens(decay):
 
 
 @pytest.mark.parametrize("width", (4, 6, 8))
-def test_integers_of_white_tokens_are_two_bits_from_the_bound(width):
-    """A step of 2·3.3σ / 2^bits errs by step²/12 = 3.6σ² 2^(-2 bits), as the bound does with 0.93 bits less. A scale is
-    one bit for each number of 32 tokens, and one of the integers (at 4 bits, 0.1 bits) is not used."""
+def test_integers_of_white_tokens_err_as_theory_says(width):
+    """By step²/12 in all numbers but the largest of a scale's, whose square m² is known for n normal numbers."""
     k, v = _gaussian()
     curve = rate_distortion({"integers": (Quantisation.Config(bits=width, scale="channel").build(), (None,))}, k, v)
-    rate, error = curve["rate"].item(), curve["reconstruction"].item()
-    numbers = 2 * HEADS * DIM
-    assert error < gaussian_bound(np.full(numbers, 1 / numbers), np.array(rate - 2.2 * numbers))
+    numbers, n = 2 * HEADS * DIM, SEGMENT
+    density = [lambda m, p=p: m**p * n * (2 * norm.cdf(m) - 1) ** (n - 1) * 2 * norm.pdf(m) for p in (2, 4)]
+    square, fourth = (quad(f, 0, 12)[0] for f in density)
+    want = square / (2 ** (width - 1) - 1) ** 2 / 12 * (n - 1) / n
+    # Four standard errors: of the mean of m² over the scales, and of the mean of the square of a uniform error.
+    scales = k.shape[0] * k.shape[1] * numbers
+    spread = 4 * ((fourth / square**2 - 1) / scales + 0.8 / (scales * n)) ** 0.5
+    assert abs(curve["reconstruction"].item() / want - 1) < spread < 0.04
+    # A scale of 32 bits for 32 numbers is one bit a number.
+    assert curve["rate"] == (width + 1) * numbers
+    np.testing.assert_allclose(curve["bound"].item(), 2.0 ** (-2 * (width + 1)), rtol=0.05)
 
 
 def test_distortion_falls_with_rate():
