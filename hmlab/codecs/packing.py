@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int, UInt8
@@ -15,13 +17,26 @@ def width_of(count: int) -> int:
 
 def pack(x: Int[Tensor, "*rows count"], width: int) -> UInt8[Tensor, "*rows bytes"]:
     """Integers 0 to 2^width - 1, each row at `width` bits each, filled up to whole bytes."""
-    bit = (x.int()[..., None] >> torch.arange(width, device=x.device, dtype=torch.int32)) & 1
-    bit = F.pad(bit.flatten(-2), (0, -x.shape[-1] * width % 8)).unflatten(-1, (-1, 8))
-    return (bit << torch.arange(8, device=x.device, dtype=torch.int32)).sum(-1).to(torch.uint8)
+    unit = math.gcd(width, 8)
+    pieces = _split(x.int(), unit, width // unit)
+    return _join(F.pad(pieces, (0, -pieces.shape[-1] % (8 // unit))), unit, 8 // unit).to(torch.uint8)
 
 
 def unpack(packed: UInt8[Tensor, "*rows bytes"], width: int, count: int) -> Int[Tensor, "*rows {count}"]:
     """The integers that `pack` packed."""
-    bit = (packed.int()[..., None] >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1
-    bit = bit.flatten(-2)[..., : count * width].reshape(*packed.shape[:-1], count, width)
-    return (bit << torch.arange(width, device=packed.device, dtype=torch.int32)).sum(-1)
+    if not width:
+        return packed.new_zeros(*packed.shape[:-1], count, dtype=torch.int32)
+    unit = math.gcd(width, 8)
+    pieces = _split(packed.int(), unit, 8 // unit)
+    return _join(pieces[..., : count * width // unit], unit, width // unit)
+
+
+def _split(x: Tensor, unit: int, count: int) -> Tensor:
+    """Each number as `count` numbers of `unit` bits, the lowest first."""
+    shift = unit * torch.arange(count, device=x.device, dtype=torch.int32)
+    return ((x[..., None] >> shift) & (2**unit - 1)).flatten(-2)
+
+
+def _join(pieces: Tensor, unit: int, count: int) -> Tensor:
+    shift = unit * torch.arange(count, device=pieces.device, dtype=torch.int32)
+    return (pieces.unflatten(-1, (pieces.shape[-1] // count, count)) << shift).sum(-1, dtype=torch.int32)
