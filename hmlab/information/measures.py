@@ -144,7 +144,6 @@ def spectral_entropy(keys: Float[Tensor, "*batch segment dim"], order: int = 1) 
     trace = torch.where(nothing, 1, trace)
     if order == 2:
         return -_log2(gram.square().sum((-2, -1)) / trace.square(), ~nothing)
-    p = torch.linalg.eigvalsh(gram) / trace[..., None]
-    # Below rounding an eigenvalue is a zero, whose logarithm would be noise.
-    p = torch.where(p > torch.finfo(p.dtype).eps, p, 0)
+    # Rounding can leave an eigenvalue of 0 a little below it.
+    p = torch.linalg.eigvalsh(gram).clamp(min=0) / trace[..., None]
     return -(p * _log2(p, p > 0)).sum(-1)
