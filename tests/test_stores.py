@@ -104,6 +104,18 @@ def test_any_floating_type_that_fits(tmp_path):
             assert store.search(torch.randn(2, HEADS, DIM, dtype=narrow), 3, cursor).keys.dtype == wide
 
 
+def test_two_continuations_of_one_state(store):
+    start = store.append(made(9, 1))
+    longer = store.append(made(5, 2), start)
+    assert longer.branch == start.branch
+    with PersistentMemory.open(store.address, dim=DIM, heads=HEADS) as other:
+        for seed, handle in ((3, store), (4, other)):
+            forked = handle.append(made(7, seed), start)
+            assert_same(whole(store, forked), joined(made(9, 1), made(7, seed)))
+    assert_same(whole(store, longer), joined(made(9, 1), made(5, 2)))
+    assert_same(whole(store, store.append(made(2, 5), longer)), joined(made(9, 1), made(5, 2), made(2, 5)))
+
+
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 5)), min_size=1, max_size=10), st.data())
 def test_continuations_of_one_state_do_not_see_each_other(store, appends, data):
