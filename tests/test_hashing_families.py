@@ -97,6 +97,8 @@ def test_minhash_sees_a_set(ids, random):
     assert first.shape == (1, 1, 1, 3, 3) and first.dtype == torch.int32
     assert torch.equal(first, family.codes(padded, valid[None, None], probes=3))
     assert (family.codes(padded, torch.zeros_like(padded, dtype=torch.bool)) == -1).all()
+    one = family.codes(torch.tensor([[ids[:1]]]), probes=3)
+    assert (one == one[..., :1]).all()
 
 
 def test_minhash_finds_a_set_without_the_least_element_by_its_probe():
