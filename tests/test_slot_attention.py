@@ -148,3 +148,46 @@ def test_errors_name_the_argument(wrong, impl):
     made = inputs(parity.Draw(), 1, 4, 6, 2, 16, query_block=2) | {"impl": impl} | arguments
     with pytest.raises(ValueError, match=message):
         slot_attention(**made)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_what_no_query_reads_may_hold_anything(impl):
+    """A slot without mass, a slot not yet visible, and whatever lies where an entry names none."""
+    made = inputs(parity.Draw(device=DEVICE), 1, 8, 12, 2, 16, query_block=4, slot_block=2, picks=4)
+    made["index"][:] = torch.tensor([0, -1, 3, 5], device=DEVICE)
+    made["bias"][:, 6] = -torch.inf
+    made["visible"] = torch.zeros(1, 12, dtype=torch.int64, device=DEVICE)
+    made["visible"][:, 10] = 2**63 - 1
+    leaves = [made[name].requires_grad_() for name in ("q", "k", "v")]
+    expected = slot_attention(**made, impl=impl)
+    expected = *expected, *torch.autograd.grad(expected[0].sum() + expected[1].sum(), leaves)
+    poisoned = [x.detach().clone() for x in leaves]
+    for x in poisoned[1:]:
+        x[:, [6, 10, 4, 5]] = torch.nan  # blocks 2 and 4 are not picked
+    poisoned = [x.requires_grad_() for x in poisoned]
+    out, lse = slot_attention(**made | dict(zip(("q", "k", "v"), poisoned, strict=True)), impl=impl)
+    got = out, lse, *torch.autograd.grad(out.sum() + lse.sum(), poisoned)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", [impl for impl in FORMS if impl != "reference"])
+def test_numbers_too_large_name_nothing(impl):
+    made = inputs(parity.Draw(device=DEVICE), 1, 4, 6, 2, 16, query_block=2, picks=1)
+    made["index"] = torch.full_like(made["index"], 0).long()
+    made["index"][:] = 2**32
+    out, lse = slot_attention(**made, impl=impl)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    wide = slot_attention(**made | {"index": torch.zeros_like(made["index"]), "slot_block": 2**40}, impl=impl)
+    whole = slot_attention(**made | {"index": torch.zeros_like(made["index"]), "slot_block": 6}, impl=impl)
+    torch.testing.assert_close(wide, whole)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the values of start stay on the device")
+@pytest.mark.parametrize("impl", [impl for impl in FORMS if impl != "reference"])
+def test_too_few_sets_and_negative_starts_are_refused(impl):
+    made = inputs(parity.Draw(), 1, 16, 6, 2, 16)
+    with pytest.raises(ValueError, match="index: expected at least 16 sets, got 1"):
+        slot_attention(**made | {"index": made["index"][:, :1], "start": torch.tensor([3])}, impl=impl)
+    with pytest.raises(ValueError, match="start: expected at least 0, got -1"):
+        slot_attention(**made | {"start": torch.tensor([-1])}, impl=impl)

@@ -162,3 +162,27 @@ def test_refuses(change, message, impl):
     arguments = {"q": Q, "k": K, "v": K, "window": 4, "impl": impl} | change
     with pytest.raises(ValueError, match=message):
         OPS["window_attention"](arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("impl", ["native", "eager", "fused"])
+def test_a_sequence_without_queries_may_hold_fewer_keys_than_sinks(impl):
+    q, k = torch.randn(1, 6, 1, 16, requires_grad=True), torch.randn(1, 10, 1, 16, requires_grad=True)
+    options = {"window": 2, "sinks": 4, "start": torch.tensor([0, 0]), "cu_seqlens": torch.tensor([0, 6, 6]),
+               "cu_keys": torch.tensor([0, 10, 10])}  # fmt: skip
+    results = []
+    for form in (impl, "reference"):
+        out, _ = window_attention(q, k, k, **options, impl=form)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k))))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("impl", ["native", "eager", "fused"])
+def test_a_window_as_wide_as_can_be_is_all_of_the_past(impl):
+    import sys
+
+    q, k = torch.randn(1, 40, 1, 16, requires_grad=True), torch.randn(1, 40, 1, 16, requires_grad=True)
+    results = []
+    for window in (sys.maxsize, 40):
+        out, _ = window_attention(q, k, k, window=window, impl=impl)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k))))
+    torch.testing.assert_close(results[0], results[1])

@@ -15,8 +15,9 @@ import torch
 from . import _native
 
 # The order of preference per device; the first that the operator has and the machine can run is the default.
-_PREFERENCE = {"cuda": ("fused", "eager", "reference")}
-_ELSEWHERE = ("native", "eager", "reference")
+_PREFERENCE = {"cpu": ("native", "eager", "reference"), "meta": ("native", "eager", "reference"),
+               "cuda": ("fused", "eager", "reference")}  # fmt: skip
+_ELSEWHERE = ("eager", "reference")
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 _used: dict[str, str] = {}
 # Looked up once, so that torch.compile sees constants.

@@ -28,12 +28,28 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, batch: int) -> None:
     """What can be said of `cu_seqlens` without reading it (so that torch.compile can trace it)."""
     if cu_seqlens is None:
         return
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name}: expected a tensor of integers, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"{name}: expected a vector of integers, got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+            f"{name}: expected a vector of int32 or int64, got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
     if batch != 1:
         raise ValueError(f"{name}: expected a batch of 1 with packed sequences, got a batch of {batch}")
+
+
+def check_same_device(first: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError naming the argument that lies elsewhere: a C++ or Triton form would read a foreign address."""
+    for name, x in others.items():
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{name}: expected a tensor on {first.device}, got one on {x.device}")
+
+
+def check_integers(**sizes: int) -> None:
+    """Raises ValueError naming the argument that is no whole number."""
+    for name, value in sizes.items():
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
 
 def sequences(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device, *,

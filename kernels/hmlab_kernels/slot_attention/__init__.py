@@ -63,6 +63,7 @@ def slot_attention(
     _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seqlens, cu_slots, joined)
     impl = _dispatch.choose("slot_attention", impl, q.device.type, IMPLEMENTATIONS, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    slot_block = min(slot_block, max(k.shape[1], 1))  # a block of all slots is as wide as one can be
     form = reference.slot_attention if impl == "reference" else torch.ops.hmlab.slot_attention
     return form(q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, *(joined or (None, None)),
                 query_block, slot_block, scale, impl)  # fmt: skip
@@ -72,6 +73,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
     if q.ndim != 4 or not 1 <= q.shape[-1] <= 512:
         raise ValueError(f"q: expected [batch, time, heads, dim] with a dim of 1 to 512, got {list(q.shape)}")
     batch, time, heads, dim = q.shape
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected floating point, got {q.dtype}")
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(f"k: expected [{batch}, slots, kv_heads, {dim}], got {list(k.shape)}")
     slots, kv_heads = k.shape[1:3]
@@ -90,6 +93,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
             f"index: expected groups that divide the {heads} heads and are a multiple of the {kv_heads} kv heads, "
             f"got {groups}"
         )
+    _packing.check_integers(query_block=query_block, slot_block=slot_block)
+    _packing.check_same_device(q, k=k, v=v, index=index, bias=bias, visible=visible, start=start)
     for name, length in (("query_block", query_block), ("slot_block", slot_block)):
         if length < 1:
             raise ValueError(f"{name}: expected at least 1, got {length}")

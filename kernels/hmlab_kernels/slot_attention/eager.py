@@ -24,12 +24,19 @@ _FLASH_ROWS = 32
 class _Chunk(NamedTuple):
     """Some sets. tokens: their queries on the packed axis, a slice where every set is whole, else [sets, query_block]
     beside `inside` (which of them there are). slots: rows of the flat keys [sets, groups, slots read], 0 where there
-    is none. mask: what to add to the scores, [sets, groups, rows or 1, slots read], None if nothing."""
+    is none. mask: what to add to the scores, [sets, groups, rows or 1, slots read], None if nothing. unread: slots
+    that no query of their set reads, [sets, groups, slots read], None if there are none: they must reach no sum."""
 
     tokens: slice | Tensor
     inside: Tensor | None
     slots: Tensor
     mask: Tensor | None
+    unread: Tensor | None
+
+    def gather(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the flat keys or values [sets, groups, slots read, dim]."""
+        read = flat[self.slots].to(dtype)
+        return read if self.unread is None else read.masked_fill_(self.unread[..., None], 0)
 
 
 def forward(
@@ -44,7 +51,7 @@ def forward(
     flat_q, flat_out, flat_lse, flat_out_w, flat_lse_w = _flat(q, out, lse, out_w, lse_w)
     for chunk in _chunks(q, k, index, bias, visible, start, cu_seqlens, cu_slots, query_block, slot_block):
         queries = _rows(flat_q, chunk, groups, query_block).to(wide)
-        keys, values = flat_k[chunk.slots].to(wide), flat_v[chunk.slots].to(wide)
+        keys, values = chunk.gather(flat_k, wide), chunk.gather(flat_v, wide)
         read, total = _attend(queries, keys, values, chunk.mask, scale)
         if out_w is not None:
             out_rows, lse_rows = (_rows(x, chunk, groups, query_block) for x in (flat_out_w, flat_lse_w))
@@ -80,7 +87,7 @@ def backward(
         if chunk.inside is not None:  # a row that is no query of the set has no weight
             inside = _by_group(chunk.inside[..., None].expand(-1, -1, q.shape[2]), groups)
             base = base.masked_fill(~inside, torch.inf)
-        keys, values = flat_k[chunk.slots].to(wide), flat_v[chunk.slots].to(wide)
+        keys, values = chunk.gather(flat_k, wide), chunk.gather(flat_v, wide)
         weight = (_scores(queries, keys, chunk.mask, scale) - base[..., None]).exp()
         grad_weight = given @ values.mT
         # given · out, from what went into out: half types round out itself too coarsely.
@@ -149,11 +156,12 @@ def _chunks(q: Tensor, k: Tensor, index: Tensor, bias: Tensor | None, visible: T
             if mask is None:
                 mask = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
             mask = torch.where(hidden, -torch.inf, mask).repeat_interleave(share, 2)
+        unread = None if mask is None else (mask == -torch.inf).all(2)
         tokens = query + where.queries.bounds[sequence, None]
         if on_cpu and inside.all():
-            yield _Chunk(slice(int(tokens[0, 0]), int(tokens[-1, -1]) + 1), None, rows, mask)
+            yield _Chunk(slice(int(tokens[0, 0]), int(tokens[-1, -1]) + 1), None, rows, mask, unread)
         elif not on_cpu or inside.any():
-            yield _Chunk(torch.where(inside, tokens, 0), inside, rows, mask)
+            yield _Chunk(torch.where(inside, tokens, 0), inside, rows, mask, unread)
 
 
 def _rows(x: Tensor, chunk: _Chunk, groups: int, query_block: int) -> Tensor:

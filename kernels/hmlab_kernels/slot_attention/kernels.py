@@ -55,6 +55,19 @@ def _picked(entries, n, reads, count, SLOT_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _read_at_all(exists, flat_slot, kv_head, kv_heads, query, is_row, bias, visible, BIASED: tl.constexpr,
+                 HIDING: tl.constexpr):  # fmt: skip
+    """Of the slots of a tile, those with mass that some row of it may see: what the others hold is not loaded."""
+    if BIASED:
+        mass = tl.load(bias + flat_slot * kv_heads + kv_head, mask=exists, other=float("-inf"))
+        exists = exists & (mass > float("-inf"))
+    if HIDING:
+        latest = tl.max(tl.where(is_row, query, -1), 0)
+        exists = exists & (tl.load(visible + flat_slot, mask=exists, other=0) <= latest)
+    return exists
+
+
+@triton.jit
 def _outer(a, b):
     """a @ b^T of tiles [rows, dim], [slots, dim]; summed directly for a single row."""
     if a.shape[0] == 1:
@@ -136,6 +149,8 @@ def forward(
     flat_slots = slot_begin if PACKED else slot_begin * slots
     for n in range(0, reads, SLOTS):
         slot, exists = _picked(entries, n + tl.arange(0, SLOTS), reads, count, SLOT_BLOCK)
+        exists = _read_at_all(exists, flat_slots + slot, kv_head, kv_heads, query, is_row, bias, visible, BIASED,
+                              HIDING)  # fmt: skip
         is_key = exists[:, None] & is_dim[None, :]
         keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
         score = _scores(queries, keys, query, is_row, flat_slots + slot, exists, kv_head, kv_heads, bias, visible,
@@ -204,6 +219,8 @@ def backward_queries(
     result = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for n in range(0, reads, SLOTS):
         slot, exists = _picked(entries, n + tl.arange(0, SLOTS), reads, count, SLOT_BLOCK)
+        exists = _read_at_all(exists, flat_slots + slot, kv_head, kv_heads, query, is_row, bias, visible, BIASED,
+                              HIDING)  # fmt: skip
         is_key = exists[:, None] & is_dim[None, :]
         keys = tl.load(keys_at + (slot * k_n)[:, None] + column[None, :], mask=is_key, other=0)
         values = tl.load(values_at + (slot * v_n)[:, None] + column[None, :], mask=is_key, other=0)
@@ -239,13 +256,16 @@ def backward_slots(
     column = tl.arange(0, BLOCK_D)
     is_dim = column < DIM
     is_key = exists[:, None] & is_dim[None, :]
-    keys_at = slot_begin * k_s + slot * k_n + kv_head * k_h
-    values_at = slot_begin * v_s + slot * v_n + kv_head * v_h
-    keys = tl.load(k + keys_at[:, None] + column[None, :], mask=is_key, other=0)
-    values = tl.load(v + values_at[:, None] + column[None, :], mask=is_key, other=0)
     flat_slot = ((slot_begin if PACKED else slot_begin * slots) + slot) * kv_heads + kv_head
+    massive = exists
     if BIASED:
         mass = tl.load(bias + flat_slot, mask=exists, other=0) * LOG2E
+        massive = exists & (mass > float("-inf"))
+    keys_at = slot_begin * k_s + slot * k_n + kv_head * k_h
+    values_at = slot_begin * v_s + slot * v_n + kv_head * v_h
+    loaded = massive[:, None] & is_dim[None, :]
+    keys = tl.load(k + keys_at[:, None] + column[None, :], mask=loaded, other=0)
+    values = tl.load(v + values_at[:, None] + column[None, :], mask=loaded, other=0)
     if HIDING:
         since = tl.load(visible + (slot_begin if PACKED else slot_begin * slots) + slot, mask=exists, other=0)
     result_k = tl.zeros([SLOTS, BLOCK_D], tl.float32)
@@ -281,7 +301,8 @@ def backward_slots(
             sees = sees & (query[None, :] >= since[:, None])
         weight = tl.exp2(tl.where(sees, score, float("-inf")) - base[None, :])
         result_v += _launch.dot(weight.to(given.dtype), given)
-        grad_score = weight * (_launch.dot(values, tl.trans(given)) - shift[None, :])
+        # A weight of 0 may belong to a slot that is never read, whatever it holds.
+        grad_score = tl.where(weight > 0, weight * (_launch.dot(values, tl.trans(given)) - shift[None, :]), 0.0)
         result_k += _launch.dot(grad_score.to(queries.dtype), queries)
         if BIASED:
             result_bias += tl.sum(grad_score, 1)

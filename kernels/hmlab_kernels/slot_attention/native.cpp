@@ -68,6 +68,10 @@ struct Inputs {
     const T *q, *k, *v, *bias;  // bias [slots, kv_heads] or null
     T scale;
     T bias_of(const Shape& s, int64_t n, int64_t kv) const { return bias ? bias[n * s.kv_heads + kv] : T(0); }
+    // A slot without mass is never read, whatever it holds.
+    bool massless(const Shape& s, int64_t n, int64_t kv) const {
+        return bias_of(s, n, kv) == -std::numeric_limits<T>::infinity();
+    }
 };
 
 template <typename T>
@@ -106,7 +110,7 @@ void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* 
                     T high = joined_lse ? joined_lse[at] : -inf, *y = out + at * D;
                     int64_t n = 0;
                     slots_of(s, set, g, [&](int64_t slot, int64_t visible) {
-                        if (visible > set.first + r / shared) return;
+                        if (visible > set.first + r / shared || in.massless(s, slot, kv)) return;
                         score[n] = in.scale * dot(query(r), in.k + slot * s.k_slot + kv * s.k_head, D) +
                                    in.bias_of(s, slot, kv);
                         value[n] = in.v + slot * s.v_slot + kv * s.v_head;
@@ -141,6 +145,7 @@ void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* 
                     for (int64_t d = 0; d < D; ++d) sums[d * L + j] = joined_out[at * D + d];
                 }
                 slots_of(s, set, g, [&](int64_t slot, int64_t visible) {
+                    if (in.massless(s, slot, kv)) return;
                     const int64_t unseen = std::max<int64_t>(visible - set.first, 0) * shared - r0;
                     rows.add(in.k + slot * s.k_slot + kv * s.k_head, in.v + slot * s.v_slot + kv * s.v_head,
                              in.bias_of(s, slot, kv), int(std::clamp<int64_t>(unseen, 0, n)), n);
@@ -190,7 +195,7 @@ void queries_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& o
                 std::fill_n(to, D, T(0));
                 if (!std::isfinite(of.lse[at])) continue;
                 slots_of(s, set, g, [&](int64_t slot, int64_t visible) {
-                    if (visible > set.first + r / shared) return;
+                    if (visible > set.first + r / shared || in.massless(s, slot, kv)) return;
                     const T* key = in.k + slot * s.k_slot + kv * s.k_head;
                     const T score = in.scale * dot(query(r), key, D) + in.bias_of(s, slot, kv);
                     const T dp = dot(of.g + at * D, in.v + slot * s.v_slot + kv * s.v_head, D);
@@ -220,6 +225,7 @@ void queries_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& o
                 rows.n = 0;
             };
             slots_of(s, set, g, [&](int64_t slot, int64_t visible) {
+                if (in.massless(s, slot, kv)) return;
                 const int64_t unseen = std::max<int64_t>(visible - set.first, 0) * shared - r0;
                 rows.add(in.k + slot * s.k_slot + kv * s.k_head, in.v + slot * s.v_slot + kv * s.v_head,
                          in.bias_of(s, slot, kv), int(std::clamp<int64_t>(unseen, 0, n)), n);
@@ -249,7 +255,7 @@ void slots_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of,
     for (const Set& set : sets) most = std::max(most, set.number + 1);
     std::vector<const Set*> numbered(most, nullptr);
     for (const Set& set : sets) numbered[set.number] = &set;
-    std::vector<T> memory(4 * D * L + 32);
+    std::vector<T> memory(4 * D * L + 32), zero(D, T(0));
     T *xt = aligned(memory), *yt = xt + D * L, *dx = yt + D * L, *dy = dx + D * L;
     alignas(64) T lane_bias[L], lane_dbias[L];
     Scratch<T> w;
@@ -284,7 +290,7 @@ void slots_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of,
                 std::fill_n(to_k, D, T(0));
                 std::fill_n(to_v, D, T(0));
                 each_reader([&](const T* query, int64_t at, int64_t i) {
-                    if (s.visible && s.visible[slot] > i) return;
+                    if ((s.visible && s.visible[slot] > i) || in.massless(s, slot, kv)) return;
                     const T* g = of.g + at * D;
                     const T p = std::exp(in.scale * dot(query, key, D) + bias - of.lse[at]);
                     const T ds = p * (dot(g, val, D) - of.delta[at]);
@@ -301,8 +307,9 @@ void slots_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of,
             int64_t latest = 0;
             std::fill_n(lane_bias, L, T(0));
             for (int j = 0; j < n; ++j) {
-                x[j] = in.k + (first + j) * s.k_slot + kv * s.k_head;
-                y[j] = in.v + (first + j) * s.v_slot + kv * s.v_head;
+                const bool none = in.massless(s, first + j, kv);
+                x[j] = none ? zero.data() : in.k + (first + j) * s.k_slot + kv * s.k_head;
+                y[j] = none ? zero.data() : in.v + (first + j) * s.v_slot + kv * s.v_head;
                 lane_bias[j] = in.bias_of(s, first + j, kv);
                 if (s.visible) latest = std::max(latest, s.visible[first + j]);
             }

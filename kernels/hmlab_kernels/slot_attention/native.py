@@ -77,6 +77,10 @@ def _call(form: str, q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tenso
     sizes = [where.queries.count, heads, k.shape[1], dim, groups, picks, query_block, slot_block,
              *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # fmt: skip
     start, visible = (None if x is None else x.to(torch.int64).contiguous() for x in (start, visible))
+    if visible is not None:  # far from overflowing, and as late as any query
+        visible = visible.clamp(-1, q.shape[0])
+    if index.dtype == torch.int64:  # what int32 cannot hold names no block
+        index = torch.where(index < 2**31, index, -1)
     bias = None if bias is None else bias.to(dtype).contiguous()
     _native.call(_SOURCE, f"slot_attention_{form}_{str(dtype).removeprefix('torch.')}", sizes,
                  where.queries.bounds, where.slots.bounds, where.first_set.contiguous(), start, visible,

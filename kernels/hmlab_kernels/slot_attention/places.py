@@ -27,6 +27,12 @@ def find(q: Tensor, k: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: 
     batch, sets = index.shape[:2]
     queries = _packing.sequences(batch, q.shape[1], cu_seqlens, q.device)
     slots = _packing.sequences(batch, k.shape[1], cu_slots, q.device, name="cu_slots")
+    if start is not None and start.device.type == "cpu" and start.numel():
+        if int(start.min()) < 0:
+            raise ValueError(f"start: expected at least 0, got {int(start.min())}")
+        needed = int((start % query_block + q.shape[1] - 1).max()) // query_block + 1
+        if cu_seqlens is None and q.shape[1] and sets < needed:
+            raise ValueError(f"index: expected at least {needed} sets, got {sets}")
     if cu_seqlens is None:
         sequence = torch.arange(batch * sets, device=q.device) // max(sets, 1)
         return Places(queries, slots, sequence, torch.arange(batch, device=q.device) * sets)

@@ -58,6 +58,8 @@ def window_attention(
     ValueError by argument.
     """
     _check_tensors(q, k, v)
+    _packing.check_integers(window=window, sinks=sinks, segment=segment)
+    _packing.check_same_device(q, k=k, v=v, start=start)
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("segment", segment, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")

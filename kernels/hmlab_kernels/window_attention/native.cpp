@@ -21,7 +21,7 @@ struct Sequence {
     Sequence(const Shape& s, int64_t n)
         : query(s.queries[n]), queries(s.queries[n + 1] - query), key(s.keys[n]), keys(s.keys[n + 1] - key),
           apart(s.separate ? s.sinks : 0), first(s.separate ? s.start[n] : 0),
-          sinks(std::min(s.sinks, s.separate ? s.sinks : keys)), position(first + keys - apart - queries) {}
+          sinks(std::min(s.sinks, keys)), position(first + keys - apart - queries) {}
     int64_t row(int64_t p) const { return key + apart + p - first; }  // of the key at position p
 };
 
@@ -103,7 +103,9 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, T scale, const
     const std::vector<Item> by_query = tiles(s, s.heads, L, [](const Sequence& of) { return of.queries; });
     // The keys of a window in tiles of their own, then the sinks, which may be the same keys and are added after.
     const std::vector<Item> by_key = tiles(s, s.kv_heads, L, [](const Sequence& of) { return of.keys - of.apart; });
-    const std::vector<Item> by_sink = tiles(s, s.kv_heads, L, [](const Sequence& of) { return of.sinks; });
+    const std::vector<Item> by_sink = tiles(s, s.kv_heads, L, [](const Sequence& of) {
+        return of.queries ? of.sinks : int64_t(0);
+    });
 #pragma omp parallel
     {
         std::vector<T> memory(4 * D * L + 32);

@@ -35,7 +35,9 @@ def _call(form: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
     heads, dim = q.shape[2:]
     queries, keys = layout.sequences(q.device)
     q, k, v = (_native.packed(x, dtype) for x in (q, k, v))
-    sizes = [queries.count, heads, k.shape[1], dim, layout.window, layout.sinks, layout.segment,
+    far = 1 << 40  # beyond any position, and far from overflowing
+    window, sinks, segment = (min(n, far) for n in (layout.window, layout.sinks, layout.segment))
+    sizes = [queries.count, heads, k.shape[1], dim, window, sinks, segment,
              layout.start is not None, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # fmt: skip
     start = None if layout.start is None else layout.start.to(torch.int64).contiguous()
     _native.call(_SOURCE, f"window_attention_{form}_{str(dtype).removeprefix('torch.')}", sizes,
