@@ -1,6 +1,6 @@
 """The persistent tier: an append-only store of evicted slots on disk, searched by approximate nearest neighbours.
 
-Source: papers/harmony.txt, `PersistentMemory`; the store is LanceDB (Lance files, committed one version at a time).
+Source: Akbar 2025, HARMONY, `PersistentMemory`; the store is LanceDB (Lance files, committed one version at a time).
 
     store = PersistentMemory.open("slots", dim=32, heads=4)
     cursor = store.append(slots)                # a value: keep it in the state

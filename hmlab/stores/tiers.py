@@ -1,7 +1,7 @@
 """Which slots leave a tier, which come back, and what each tier did: rules over counters, all of them values.
 
 Sources: first-in-first-out, LRU and LFU: Silberschatz, Galvin and Gagne, Operating System Concepts, chapter on page
-replacement; priority scores: papers/harmony.txt, Priority Scoring Mechanisms; learned: Song et al. 2020, Learning
+replacement; priority scores: Akbar 2025, HARMONY, Priority Scoring Mechanisms; learned: Song et al. 2020, Learning
 Relaxed Belady (NSDI), with the listwise loss of Cao et al. 2007, Learning to Rank (ICML).
 
 A rule gives every slot of a tier a score, the higher the longer it is kept. Slots leave in the order of

@@ -10,7 +10,7 @@ document, so query i of a sequence reads set floor((start + i) / query_block) �
 sequence; and the heads of a head group share one, `groups` groups of neighbouring heads, each within one kv head.
 An entry e of a set stands for the slots e·slot_block .. (e + 1)·slot_block − 1 of the sequence, of which those that
 do not exist are left out; −1 stands for none. An entry given twice counts twice: not to do so is the caller's duty.
-Source: papers/harmony.txt, the read of the compressed tier, with the log-sum-exp merge of the tiers in place.
+Source: Akbar 2025, HARMONY, the read of the compressed tier, with the log-sum-exp merge of the tiers in place.
 """
 
 from __future__ import annotations

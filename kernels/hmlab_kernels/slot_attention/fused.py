@@ -79,6 +79,7 @@ class _Call:
     def __init__(self, q, k, v, index, bias, visible, start, cu_seqlens, cu_slots, out_w, lse_w, query_block,
                  slot_block) -> None:  # fmt: skip
         self.packed = cu_seqlens is not None
+        places.check_start(q, index, start, cu_seqlens, query_block)
         sequence_of = first_set = None
         if self.packed:
             where = places.find(q, k, index, start, cu_seqlens, cu_slots, query_block)

@@ -21,18 +21,24 @@ class Places(NamedTuple):
     first_set: Int[Tensor, "sequences"]
 
 
+def check_start(q: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, query_block: int) -> None:
+    """Raises ValueError for a negative start and for too few sets, where reading the values costs no synchronisation."""
+    if start is None or start.device.type != "cpu" or not start.numel():
+        return
+    if int(start.min()) < 0:
+        raise ValueError(f"start: expected at least 0, got {int(start.min())}")
+    needed = int((start % query_block + q.shape[1] - 1).max()) // query_block + 1
+    if cu_seqlens is None and q.shape[1] and index.shape[1] < needed:
+        raise ValueError(f"index: expected at least {needed} sets, got {index.shape[1]}")
+
+
 def find(q: Tensor, k: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: Tensor | None,
          cu_slots: Tensor | None, query_block: int) -> Places:
     """Raises ValueError where the bounds are none, or where packed sequences that start at 0 have too few sets."""
     batch, sets = index.shape[:2]
     queries = _packing.sequences(batch, q.shape[1], cu_seqlens, q.device)
     slots = _packing.sequences(batch, k.shape[1], cu_slots, q.device, name="cu_slots")
-    if start is not None and start.device.type == "cpu" and start.numel():
-        if int(start.min()) < 0:
-            raise ValueError(f"start: expected at least 0, got {int(start.min())}")
-        needed = int((start % query_block + q.shape[1] - 1).max()) // query_block + 1
-        if cu_seqlens is None and q.shape[1] and sets < needed:
-            raise ValueError(f"index: expected at least {needed} sets, got {sets}")
+    check_start(q, index, start, cu_seqlens, query_block)
     if cu_seqlens is None:
         sequence = torch.arange(batch * sets, device=q.device) // max(sets, 1)
         return Places(queries, slots, sequence, torch.arange(batch, device=q.device) * sets)
