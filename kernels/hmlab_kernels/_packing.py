@@ -31,9 +31,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, batch: int) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"{name}: expected a tensor of integers, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name}: expected a vector of integers, int32 or int64, got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-        )
+        got = f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        raise ValueError(f"{name}: expected a vector of integers, int32 or int64, got {got}")
     if batch != 1:
         raise ValueError(f"{name}: expected a batch of 1 with packed sequences, got a batch of {batch}")
 

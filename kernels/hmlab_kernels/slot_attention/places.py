@@ -22,7 +22,7 @@ class Places(NamedTuple):
 
 
 def check_start(q: Tensor, index: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, query_block: int) -> None:
-    """Raises ValueError for a negative start and for too few sets, where reading the values costs no synchronisation."""
+    """Raises ValueError for a negative start and for too few sets, where reading the values needs no waiting."""
     if start is None or start.device.type != "cpu" or not start.numel():
         return
     if int(start.min()) < 0:
