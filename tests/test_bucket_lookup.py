@@ -67,6 +67,31 @@ def test_later_slots_change_nothing(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("available", [None, torch.tensor([[3, 10, 40, 99, 99, 2**31 - 1]])])
+def test_a_key_that_names_no_slot_is_passed_over(impl, available):
+    made = _call(codes=torch.zeros(1, 6, 2, 1, 1, dtype=torch.int32), candidates=64, picks=16, available=available)
+    keys = torch.arange(40)
+    keys[20:] += 2**31  # the bucket's later slots
+    keys[15:20] += 25
+    got = bucket_lookup(**made | {"buckets": Buckets(keys.view(1, 1, 1, 40))}, impl=impl)
+    limit = torch.tensor([40] * 6) if available is None else available[0]
+    for t in range(6):
+        assert got.found[0, t].tolist() == [min(15, int(limit[t]))] * 2
+        assert got.index[0, t].max() < min(15, int(limit[t]))
+        assert torch.equal(got.index[0, t] < 0, got.score[0, t].isinf())
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_a_score_that_is_no_number_is_never_picked(impl):
+    made = _call(codes=torch.zeros(1, 6, 2, 1, 1, dtype=torch.int32), candidates=64, picks=40, available=None)
+    made["buckets"] = buckets(torch.zeros(1, 40, 1, 1, dtype=torch.int32))
+    made["k"][0, 7] = torch.nan
+    got = bucket_lookup(**made, impl=impl)
+    assert (got.found == 40).all() and not got.score.isnan().any() and (got.index != 7).all()
+    assert (got.index[..., -1] == -1).all() and (got.index[..., :-1] >= 0).all()
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_packed_sequences_answer_as_each_alone(impl):
     made = _call(available=None)
     codes = Draw(seed=5).integers(0, 4, 1, 40, 1, 2).int()
@@ -90,6 +115,11 @@ def test_gives_no_gradient():
     "changes, message",
     [
         ({"q": torch.zeros(1, 6, 16)}, r"q: expected floats .*, got torch.float32 \[1, 6, 16\]"),
+        ({"q": torch.zeros(1, 6, 2, 0), "k": torch.zeros(1, 40, 1, 0)}, "q: expected at least 1 head"),
+        ({"q": torch.zeros(1, 6, 0, 16)}, "q: expected at least 1 head of at least 1 dim"),
+        ({"q": torch.zeros(1, 6, 2, 16).int()}, "q: expected floats .*, got torch.int32"),
+        ({"k": torch.zeros(1, 40, 1, 16).int()}, "k: expected q's dtype torch.float32, got torch.int32"),
+        ({"picks": 2.0}, "picks: expected a whole number, got 2.0"),
         ({"codes": torch.zeros(1, 6, 2, 2, 2)}, r"codes: expected int32 \[1, 6, 2\] \+ .*, got torch.float"),
         ({"codes": torch.zeros(1, 6, 2, 2, 0).int()}, r"codes: expected int32 .* got torch.int32 \[1, 6, 2, 2, 0\]"),
         ({"k": torch.zeros(1, 40, 1, 8)}, r"k: expected \[1, slots, kv_heads, 16\], got \[1, 40, 1, 8\]"),
@@ -100,7 +130,7 @@ def test_gives_no_gradient():
         ({"available": torch.zeros(1, 6)}, r"available: expected integers \[1, 6\], got torch.float32"),
         ({"picks": 0}, "picks: expected at least 1, got 0"),
         ({"candidates": 3}, "candidates: expected one for each of 2 tables x 2 probes, got 3"),
-        ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of integers"),
+        ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of int"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_slots: expected one bound for each of cu_seqlens, got shapes None"),
         ({"cu_seqlens": torch.tensor([0, 6]), "cu_slots": torch.tensor([0, 9])}, "cu_slots: expected to rise from 0"),
         ({"cu_seqlens": torch.tensor([0, 5]), "cu_slots": torch.tensor([0, 40])}, "cu_seqlens: expected to rise"),
@@ -115,6 +145,12 @@ def test_says_what_is_wrong(changes, message):
 def test_says_what_is_wrong_with_codes_and_the_cap():
     with pytest.raises(ValueError, match=r"codes: expected int32 \[batch, slots, kv_heads, tables\], got torch.int64"):
         buckets(torch.zeros(1, 5, 1, 1, dtype=torch.int64))
+    codes = torch.zeros(1, 6, 1, 1, dtype=torch.int32)
+    for bounds in ([0, 3], [1, 6], [0, 4, 3, 6], [0, 7]):
+        with pytest.raises(ValueError, match="cu_slots: expected to rise from 0 to 6"):
+            buckets(codes, cu_slots=torch.tensor(bounds))
+    with pytest.raises(ValueError, match="cu_slots: expected a batch of 1"):
+        buckets(codes.expand(2, -1, -1, -1), cu_slots=torch.tensor([0, 6]))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="candidates: 'fused' expected at most 256, got 300"):
             bucket_lookup(**_call(candidates=300), impl="fused")

@@ -104,6 +104,43 @@ def test_a_slot_that_nobody_wants_stays_finite(impl):
 
 
 @each_form
+@pytest.mark.parametrize("most", (4, 8))
+def test_what_is_not_kept_may_hold_anything(impl, most):
+    inputs = _inputs(most=most)  # three segments of 8 tokens, two heads
+    inputs["count"] = torch.tensor([[[0, 2], [3, 0], [most, -1]]], device=DEVICE)
+    leaves = [inputs[name].requires_grad_() for name in ("k", "v", "queries")]
+    clean = compress_segments(**inputs, impl=impl)
+    cotangents = [torch.randn_like(x) for x in clean]
+    grads = torch.autograd.grad(clean, leaves, cotangents)
+    beyond = torch.arange(most, device=DEVICE)[:, None] >= inputs["count"][:, :, None]
+    inputs |= {name: inputs[name].detach().clone() for name in ("k", "v")}
+    for name in ("k", "v"):
+        for g, head in ((0, 0), (1, 1), (2, 1)):
+            inputs[name][:, 8 * g : 8 * g + 8, head] = torch.nan
+    leaves = [inputs[name].requires_grad_() for name in ("k", "v", "queries")]
+    slots = compress_segments(**inputs, impl=impl)
+    for x, y in zip(slots, clean, strict=True):
+        assert (x[beyond] == 0).all() and torch.equal(x, y)
+    # nor do the cotangents of empty slots come through
+    torn = [x.masked_fill(beyond.view(*beyond.shape, *[1] * (x.ndim - 4)), torch.nan) for x in cotangents]
+    for x, y in zip(torch.autograd.grad(slots, leaves, torn), grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@each_form
+def test_a_bad_token_stays_in_the_kept_slots(impl):
+    inputs = _inputs(time=16, most=4)
+    inputs["count"] = torch.tensor([[[2, 4], [4, 4]]], device=DEVICE)
+    inputs["k"][:, 3, 0] = torch.nan
+    inputs["queries"].requires_grad_()
+    slots = compress_segments(**inputs, impl=impl)
+    assert slots.v[0, 0, :2, 0].isnan().all() and slots.v[0, 1].isfinite().all()
+    assert all((x[0, 0, 2:, 0] == 0).all() for x in slots)
+    (grad,) = torch.autograd.grad(slots.mass.square().sum() + slots.k.sum() + slots.v.sum(), inputs["queries"])
+    assert grad[0, 2:].isfinite().all() and grad[1].isfinite().all()
+
+
+@each_form
 def test_outputs_left_alone_have_no_gradient(impl):
     inputs = _inputs()
     leaves = [inputs[name].requires_grad_() for name in ("k", "v", "queries")]
@@ -128,6 +165,11 @@ def test_a_program_may_take_several_segments(monkeypatch, case):
 @pytest.mark.parametrize("changed, message", (
     ({"k": torch.zeros(2, 3, 4)}, r"k: expected \[batch, time, kv_heads, dim\] of floats, got torch.float32 of shape"),
     ({"k": torch.zeros(1, 9, 2, 4, dtype=torch.int64)}, "k: expected .* got torch.int64"),
+    ({name: torch.zeros(1, 9, 2, 0) for name in ("k", "v")}, "k: expected at least 1 kv head of at least 1 dim, got"),
+    ({name: torch.zeros(1, 9, 0, 4) for name in ("k", "v")}, "k: expected at least 1 kv head of at least 1 dim, got"),
+    ({"v": torch.zeros(1, 9, 2, 4, dtype=torch.int64)}, "v: expected torch.float32 .* got torch.int64"),
+    ({"queries": torch.zeros(2, 3, 4).int()}, "queries: expected k's dtype torch.float32, got torch.int32"),
+    ({"segment": 4.0}, "segment: expected a whole number, got 4.0"),
     ({"v": torch.zeros(1, 9, 2, 5)}, r"v: expected torch.float32 \[1, 9, 2, 4\] as k is, got .* \[1, 9, 2, 5\]"),
     ({"v": torch.zeros(1, 9, 2, 4).half()}, "v: expected torch.float32 .* got torch.float16"),
     ({"segment": 0}, "segment: expected 1 to 256, got 0"),
@@ -141,7 +183,7 @@ def test_a_program_may_take_several_segments(monkeypatch, case):
     ({"count": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"count: expected \[1, 2, 2 or 1\], got \[1, 2, 3\]"),
     ({"cu_seqlens": torch.tensor([0, 3, 9])}, "count: expected 1 segments for these cu_seqlens, got 2"),
     ({"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens: expected to rise from 0 to 9"),
-    ({"cu_seqlens": torch.zeros(1, 2)}, "cu_seqlens: expected a vector of integers"),
+    ({"cu_seqlens": torch.zeros(1, 2)}, "cu_seqlens: expected a vector of int"),
     ({"impl": "native"}, "impl: compress_segments expected one of"),
 ))  # fmt: skip
 def test_what_is_wrong_is_named(changed, message):

@@ -153,6 +153,11 @@ def test_the_comparison_forgives_only_rounding():
 @pytest.mark.parametrize("changed, message", (
     ({"x": torch.zeros(2, 3, 4)}, r"x: expected \[batch, time, heads, dim\] of floats, got torch.float32 of shape"),
     ({"x": torch.zeros(1, 3, 2, 4, dtype=torch.int64)}, "x: expected .* got torch.int64"),
+    ({"x": torch.zeros(1, 3, 2, 0), "weight": torch.zeros(2, 1, 5, 0)}, "x: expected at least 1 head of"),
+    ({"x": torch.zeros(1, 3, 0, 4), "weight": torch.zeros(1, 1, 5, 4)}, "x: expected at least 1 head of at least 1"),
+    ({"weight": torch.zeros(2, 1, 5, 4).int()}, "weight: expected x's dtype torch.float32, got torch.int32"),
+    ({"threshold": torch.zeros(2, 1, 5).int()}, "threshold: expected x's dtype torch.float32 or float32, got"),
+    ({"probes": 1.0}, "probes: expected a whole number, got 1.0"),
     ({"weight": torch.zeros(3, 1, 5, 4)}, r"weight: expected \[2 or 1, tables, bits, 4\], got \[3, 1, 5, 4\]"),
     ({"weight": torch.zeros(2, 1, 5, 3)}, r"weight: expected \[2 or 1, tables, bits, 4\], got \[2, 1, 5, 3\]"),
     ({"weight": torch.zeros(2, 1, 5, 4).half()}, "weight: expected x's dtype torch.float32, got torch.float16"),

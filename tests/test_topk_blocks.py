@@ -52,6 +52,21 @@ def test_large_scores_do_not_overflow(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("where", ["k", "bias", "q"])
+def test_a_vote_that_is_no_number_is_never_picked(impl, where):
+    made = _call(bias=Draw(seed=3).normal(1, 18, 1), visible=None, picks=6)
+    before = topk_blocks(**made, impl=impl)
+    made[where][0, 4] = torch.nan  # slot of block 1, query of block 1
+    index, score = topk_blocks(**made, impl=impl)
+    assert not score.isnan().any() and torch.equal(index < 0, score == -torch.inf)
+    if where == "q":  # votes for set 2 only
+        assert (index[:, 2] == -1).all() and torch.equal(index[:, 3:], before[0][:, 3:])
+    else:
+        wanted = [[block for block in sets if block != 1] + [-1] for sets in before[0][0, 1:].flatten(0, 1).tolist()]
+        assert index[0, 1:].flatten(0, 1).tolist() == wanted
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_packed_sequences_answer_as_each_alone(impl):
     made = _call(slot_block=2)
     halves = [
@@ -76,6 +91,12 @@ def test_gives_no_gradient():
     "changes, message",
     [
         ({"q": torch.zeros(1, 24, 16)}, r"q: expected floats .*, got torch.float32 \[1, 24, 16\]"),
+        ({"q": torch.zeros(1, 24, 2, 0), "k": torch.zeros(1, 18, 1, 0)}, "q: expected at least 1 head"),
+        ({"q": torch.zeros(1, 24, 0, 16)}, "q: expected at least 1 head of at least 1 dim"),
+        ({"q": torch.zeros(1, 24, 2, 16).int()}, "q: expected floats .*, got torch.int32"),
+        ({"k": torch.zeros(1, 18, 1, 16).int()}, "k: expected q's dtype torch.float32, got torch.int32"),
+        ({"bias": torch.zeros(1, 18, 1).int()}, "bias: expected floats .*, got torch.int32"),
+        ({"picks": 2.0}, "picks: expected a whole number, got 2.0"),
         ({"k": torch.zeros(1, 18, 1, 8)}, r"k: expected \[1, slots, kv_heads, 16\], got \[1, 18, 1, 8\]"),
         ({"k": torch.zeros(1, 18, 3, 16)}, "k: expected kv heads that divide 2 heads, got 3"),
         ({"k": torch.zeros(1, 18, 1, 16).half()}, "k: expected q's dtype torch.float32, got torch.float16"),
@@ -85,7 +106,7 @@ def test_gives_no_gradient():
         ({"picks": 0}, "picks: expected at least 1, got 0"),
         ({"query_block": 0}, "query_block: expected at least 1, got 0"),
         ({"slot_block": 0}, "slot_block: expected at least 1, got 0"),
-        ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of integers"),
+        ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of int"),
         ({"cu_seqlens": torch.tensor([0, 24])}, "cu_slots: expected one bound for each of cu_seqlens, got shapes None"),
         ({"cu_slots": torch.tensor([0, 18])}, "cu_slots: expected one bound for each of cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 24]), "cu_slots": torch.tensor([0, 9])}, "cu_slots: expected to rise from 0"),

@@ -56,10 +56,12 @@ def bucket_lookup(
     buckets: what `buckets` made of the slots' codes, with the same cu_slots. available: query t may read the slots
     0 .. available[t] - 1 of its sequence; all if None. scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None
     takes the device's default. Equal scores rank by slot, slots count from their sequence's first.
+    A score that is NaN counts as -inf, which is never picked; a key that names a slot which is not there is ignored.
     Returns index and found in int32, score in at least float32. Deterministic. Raises ValueError by argument.
     """
     _check(q, codes, k, buckets.keys, bias, available, cu_seqlens, cu_slots)
     tables, probes = codes.shape[3:]
+    _packing.check_integers(picks=picks, candidates=candidates)
     if picks < 1:
         raise ValueError(f"picks: expected at least 1, got {picks}")
     if candidates < tables * probes:
@@ -78,6 +80,8 @@ def _check(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | Non
     if q.ndim != 4 or not q.is_floating_point():
         raise ValueError(f"q: expected floats [batch, time, heads, dim], got {q.dtype} {list(q.shape)}")
     batch, _, heads, dim = q.shape
+    if heads < 1 or dim < 1:
+        raise ValueError(f"q: expected at least 1 head of at least 1 dim, got {list(q.shape)}")
     if codes.ndim != 5 or codes.shape[:3] != q.shape[:3] or codes.dtype != torch.int32 or 0 in codes.shape[3:]:
         raise ValueError(
             f"codes: expected int32 {[*q.shape[:3]]} + [tables, probes], got {codes.dtype} {list(codes.shape)}"

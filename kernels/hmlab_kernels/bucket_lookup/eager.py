@@ -44,8 +44,9 @@ def _candidates(codes: Tensor, keys: Tensor, limit: Tensor | None, candidates: i
     end = torch.searchsorted(keys, bound.flatten(2)).view(bound.shape)
     place = end[..., None] - torch.arange(1, each + 1, device=keys.device)
     key = keys.gather(2, place.clamp(min=0).flatten(2)).view(place.shape)
-    member = (place >= 0) & ((key >> 32) == codes[..., None])
-    slot = torch.where(member, key & 0xFFFFFFFF, slots).permute(2, 0, 3, 1, 4, 5).reshape(queries, heads, -1)
+    slot = key & 0xFFFFFFFF
+    member = (place >= 0) & ((key >> 32) == codes[..., None]) & (slot < limit[:, None, None, None])
+    slot = torch.where(member, slot, slots).permute(2, 0, 3, 1, 4, 5).reshape(queries, heads, -1)
     slot = slot.sort(dim=-1).values
     slot[..., 1:].masked_fill_(slot[..., 1:] == slot[..., :-1].clone(), slots)
     return slot
@@ -65,7 +66,7 @@ def _rank(q: Tensor, slots: Tensor, k: Tensor, bias: Tensor | None, kv_heads: in
     if bias is not None:
         x = x + bias[rows].view(slots.shape)
     # A stable sort leaves equal scores in the order of their slots.
-    best, order = x.masked_fill(~some, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    best, order = x.masked_fill(~some | x.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
     best, order = best[..., : index.shape[-1]], order[..., : index.shape[-1]]
     index[..., : best.shape[-1]] = torch.where(best > -torch.inf, slots.gather(-1, order), -1)
     score[..., : best.shape[-1]] = best

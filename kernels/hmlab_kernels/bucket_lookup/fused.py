@@ -118,8 +118,9 @@ def _lookup(
     place = low[:, :, None] - 1 - newest[None, None, :].to(tl.int64)
     inside = asks[:, :, None] & (place >= first[:, None, None]) & (newest < each)[None, None, :]
     key = tl.load(base[:, :, None] + place, mask=inside, other=0)
-    member = inside & ((key >> 32) == code[:, :, None])
-    slot = tl.where(member, (key & 0xFFFFFFFF).to(tl.int32), _NO_SLOT)
+    named = key & 0xFFFFFFFF
+    member = inside & ((key >> 32) == code[:, :, None]) & (named < limit[:, None, None])
+    slot = tl.where(member, named.to(tl.int32), _NO_SLOT)
 
     # Equal neighbours of the sorted candidates came from several tables.
     slot = tl.sort(tl.reshape(slot, [QUERIES, COLUMNS]))

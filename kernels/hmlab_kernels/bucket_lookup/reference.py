@@ -28,7 +28,9 @@ def bucket_lookup(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tenso
             own_keys = keys[row, kv, :, of].tolist()
             entries = [[(key >> 32, key & 0xFFFFFFFF) for key in table] for table in own_keys]  # code, slot; in order
             for t in range(at.start, at.stop):
-                limit = of.stop - of.start if available is None else int(available[row, t])
+                limit = of.stop - of.start
+                if available is not None:
+                    limit = min(limit, int(available[row, t]))
                 chosen = set()
                 for table in range(tables):
                     for code in codes[row, t, head, table].tolist():
@@ -42,6 +44,7 @@ def bucket_lookup(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tenso
                 terms = k[row, at_slots, kv] @ q[row, t, head] * scale
                 if bias is not None:
                     terms = terms + bias[row, at_slots, kv].to(dtype)
+                terms = terms.masked_fill(terms.isnan(), -torch.inf)
                 # A stable sort leaves equal scores in the order of their slots.
                 best, order = terms.sort(descending=True, stable=True)
                 best, order = best[:picks], order[:picks]

@@ -5,7 +5,7 @@
 
 m = count of the segment and head. Slots of a smaller m use the first of the same queries, so a ratio is changed by
 recomputing a prefix, which loses no mass. m = segment is the identity: slot j is token j, with mass 1. m = 0 keeps
-nothing. A slot j ≥ m is zero throughout. A / mass is a softmax over the tokens of log A, and is computed as one: the
+nothing. A slot j ≥ m is zero throughout, and so are the gradients through it, whatever the segment holds. A / mass is a softmax over the tokens of log A, and is computed as one: the
 means of a slot that nobody wants stay defined when its mass underflows to 0.
 """
 
@@ -63,8 +63,11 @@ def compress_segments(
     if k.ndim != 4 or not k.is_floating_point():
         raise ValueError(f"k: expected [batch, time, kv_heads, dim] of floats, got {k.dtype} of shape {list(k.shape)}")
     batch, time, heads, dim = k.shape
+    if heads < 1 or dim < 1:
+        raise ValueError(f"k: expected at least 1 kv head of at least 1 dim, got {list(k.shape)}")
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v: expected {k.dtype} {list(k.shape)} as k is, got {v.dtype} {list(v.shape)}")
+    _packing.check_integers(segment=segment)
     if not 1 <= segment <= MOST_TOKENS:
         raise ValueError(f"segment: expected 1 to {MOST_TOKENS}, got {segment}")
     if queries.ndim != 3 or queries.shape[0] != heads or queries.shape[2] != dim:

@@ -19,11 +19,12 @@ def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor
     sums = torch.promote_types(k.dtype, torch.float32)
     all_k, all_v = (k.new_empty(*shape, dim) for _ in range(2))
     all_mass, position = (k.new_empty(shape, dtype=sums) for _ in range(2))
-    for b, some, keys, values in _segments(k, v, queries, starts, segment):
-        _, mean, mass, _ = _shares(keys, queries.to(sums), count[b, some], scale)
+    for b, some, keys, values in _segments(k, v, queries, count, starts, segment):
+        _, mean, mass, spare, _ = _shares(keys, queries.to(sums), count[b, some], scale)
         place = torch.arange(segment, dtype=sums, device=k.device)
-        all_k[b, some] = (mean @ keys).transpose(1, 2)
-        all_v[b, some] = (mean @ values).transpose(1, 2)
+        # Filled, as no weight is small enough to take a NaN away.
+        all_k[b, some] = (mean @ keys).masked_fill_(spare, 0).transpose(1, 2)
+        all_v[b, some] = (mean @ values).masked_fill_(spare, 0).transpose(1, 2)
         all_mass[b, some] = mass.mT
         position[b, some] = (mean @ place).mT
     return all_k, all_v, all_mass, position
@@ -36,32 +37,39 @@ def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tenso
     rows = queries.to(sums)
     into_queries = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     place = torch.arange(segment, dtype=sums, device=k.device)
-    for b, some, keys, values in _segments(k, v, queries, starts, segment):
-        share, mean, _, identity = _shares(keys, rows, count[b, some], scale)
-        from_k, from_v = (g[b, some].transpose(1, 2).to(sums) for g in (grad_k, grad_v))
-        from_mass, from_position = (g[b, some].mT[..., None].to(sums) for g in (grad_mass, grad_position))
+    for b, some, keys, values in _segments(k, v, queries, count, starts, segment):
+        share, mean, _, spare, identity = _shares(keys, rows, count[b, some], scale)
+        from_k, from_v = (g[b, some].transpose(1, 2).to(sums).masked_fill(spare, 0) for g in (grad_k, grad_v))
+        from_mass, from_position = (
+            g[b, some].mT[..., None].to(sums).masked_fill(spare, 0) for g in (grad_mass, grad_position)
+        )
         pull = from_k @ keys.mT + from_v @ values.mT + from_position * place
         # by log A, through the softmax over tokens and the mass; then through the softmax over slots
         by_log = mean * (pull - (mean * pull).sum(-1, keepdim=True)) + share * from_mass
-        by_logit = scale * (by_log - share * by_log.sum(-2, keepdim=True)).masked_fill(identity, 0)
+        by_log.masked_fill_(spare, 0)
+        by_logit = scale * (by_log - share * by_log.sum(-2, keepdim=True)).masked_fill(spare | identity, 0)
         tokens = _tokens(starts[some], segment)
         for into, by in ((into_k, mean.mT @ from_k + by_logit.mT @ rows), (into_v, mean.mT @ from_v)):
             into[b].index_copy_(0, tokens, by.transpose(1, 2).flatten(0, 1).to(k.dtype))
-        into_queries += torch.einsum("ghmi,ghid->hmd", by_logit, keys)
+        into_queries += (by_logit @ keys).masked_fill_(spare | identity, 0).sum(0)
     return into_k, into_v, into_queries.to(queries.dtype)
 
 
-def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of segments `[segments, heads, segment, dim]`: A and A / mass `[segments, heads, most, segment]`, the mass, and
-    which of them `[segments, heads, 1, 1]` are kept as they are."""
+def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of segments `[segments, heads, segment, dim]`: A and A / mass `[segments, heads, most, segment]`, the mass,
+    which slots `[segments, heads, most, 1]` hold nothing, which segments `[segments, heads, 1, 1]` stay as they are."""
     segment, most = keys.shape[2], queries.shape[1]
     count = count[:, :, None, None]
     slot = torch.arange(most, device=keys.device)[:, None]
+    spare = slot >= count
     logits = torch.einsum("hmd,ghid->ghmi", queries, keys) * scale
-    log_share = logits.masked_fill_(slot >= count, -torch.inf)
-    log_share -= log_share.logsumexp(2, keepdim=True).nan_to_num_(neginf=0)
+    log_share = logits.masked_fill_(spare, -torch.inf)
+    total = log_share.logsumexp(2, keepdim=True)
+    log_share = (log_share - total).masked_fill_(spare, -torch.inf)
     share = log_share.exp()
-    top = log_share.amax(-1, keepdim=True).nan_to_num_(neginf=0)
+    top = log_share.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0)
     mean = (log_share - top).exp()
     total = mean.sum(-1, keepdim=True)
     mean /= torch.where(total > 0, total, 1)
@@ -70,12 +78,13 @@ def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float) -> tuple
     if most == segment:
         mean = torch.where(identity, torch.eye(segment, dtype=mean.dtype, device=mean.device), mean)
         mass = torch.where(identity[..., 0], 1, mass)
-    return share, mean, mass, identity & (most == segment)
+    return share, mean, mass, spare, identity & (most == segment)
 
 
-def _segments(k: Tensor, v: Tensor, queries: Tensor, starts: Tensor, segment: int
+def _segments(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int
               ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Row, which segments, and their keys and values `[segments, heads, segment, dim]` in at least float32."""
+    """Row, which segments, and their keys and values `[segments, heads, segment, dim]` in at least float32; zeros where
+    nothing is kept."""
     batch, _, heads, dim = k.shape
     sums = torch.promote_types(k.dtype, torch.float32)
     most = _ELEMENTS.get(k.device.type, _ELEMENTS_ELSEWHERE)
@@ -86,8 +95,9 @@ def _segments(k: Tensor, v: Tensor, queries: Tensor, starts: Tensor, segment: in
             tokens = _tokens(starts[some], segment)
             # index_select copies whole rows, several times as fast as an index does
             yield b, some, *(
-                x[b].index_select(0, tokens).unflatten(0, (-1, segment)).transpose(1, 2).to(sums) for x in (k, v)
-            )
+                x[b].index_select(0, tokens).unflatten(0, (-1, segment)).transpose(1, 2).to(sums)
+                .masked_fill_((count[b, some] <= 0)[:, :, None, None], 0) for x in (k, v)
+            )  # fmt: skip
 
 
 def _tokens(starts: Tensor, segment: int) -> Tensor:

@@ -103,14 +103,16 @@ def _forward(
         tl.store(mass + row, total, mask=slot < MOST)
         tl.store(position + row, tl.sum(mean * token.to(tl.float32)[None, :], 1), mask=slot < MOST)
         for lowest in range(0, DIM, BLOCK_DIM):
-            keys = _tile(k, k_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
-            values = _tile(v, v_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
+            keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+            values = _tokens(v, v_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
             dim = lowest + tl.arange(0, BLOCK_DIM)
             place = row[:, None] * DIM + dim[None, :]
             inside = (slot < MOST)[:, None] & (dim < DIM)[None, :]
             shares = mean.to(keys.dtype)
-            tl.store(slots_k + place, _launch.dot(shares, keys).to(keys.dtype), mask=inside)
-            tl.store(slots_v + place, _launch.dot(shares, values).to(keys.dtype), mask=inside)
+            # Filled, as no share is small enough to take a NaN away.
+            full = (slot < kept)[:, None]
+            tl.store(slots_k + place, tl.where(full, _launch.dot(shares, keys), 0.0).to(keys.dtype), mask=inside)
+            tl.store(slots_v + place, tl.where(full, _launch.dot(shares, values), 0.0).to(keys.dtype), mask=inside)
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def _backward(
             handed += tl.sum(by_log, 0)
         for lowest in range(0, DIM, BLOCK_DIM):
             dim = lowest + tl.arange(0, BLOCK_DIM)
-            keys = _tile(keys_at, k_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
+            keys = _tokens(keys_at, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
             of_keys = tl.zeros([TOKENS, BLOCK_DIM], tl.float32)
             of_values = tl.zeros([TOKENS, BLOCK_DIM], tl.float32)
             for first in range(0, MOST, SLOTS):
@@ -156,19 +158,20 @@ def _backward(
                     slots_at, heads, log_total, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM,
                 )  # fmt: skip
                 # The identity does not move with its logits.
-                by_logit = tl.where(kept == SEGMENT, 0.0, scale * (by_log - share * handed[None, :])).to(keys.dtype)
+                slot = first + tl.arange(0, SLOTS)
+                moves = ((slot < kept) & (kept != SEGMENT))[:, None]
+                by_logit = tl.where(moves, scale * (by_log - share * handed[None, :]), 0.0).to(keys.dtype)
                 mean = tl.trans(mean).to(keys.dtype)
-                from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
-                from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
-                query = _tile(queries, query_slot, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
+                from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+                from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+                query = _tile(queries, query_slot, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
                 of_keys += _launch.dot(mean, from_k)
                 of_keys += _launch.dot(tl.trans(by_logit), query)
                 of_values += _launch.dot(mean, from_v)
-                of_queries = _launch.dot(by_logit, keys)
+                of_queries = tl.where(moves, _launch.dot(by_logit, keys), 0.0)
                 if ONE_TILE:
                     into_queries += of_queries
                 else:
-                    slot = first + tl.arange(0, SLOTS)
                     place = parts + slot[:, None] * DIM + dim[None, :]
                     inside = (slot < MOST)[:, None] & (dim < DIM)[None, :]
                     so_far = tl.load(place, mask=inside & (n > first_segment), other=0.0)
@@ -201,6 +204,15 @@ def _tile(base, stride, first, most, lowest, ROWS: tl.constexpr, DIM: tl.constex
 
 
 @triton.jit
+def _tokens(
+    base, stride, kept, lowest, SEGMENT: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """The tokens of a segment; not read, but zeros, where nothing is kept of it."""
+    return _tile(base, stride, 0, tl.where(kept > 0, SEGMENT, 0), lowest, TOKENS, DIM, BLOCK_DIM)
+
+
+@triton.jit
 def _logits(
     k, k_time, queries, query_slot, first, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -208,8 +220,8 @@ def _logits(
     """[slots, tokens], −inf from slot `kept` on."""
     logits = tl.zeros([SLOTS, TOKENS], tl.float32)
     for lowest in range(0, DIM, BLOCK_DIM):
-        query = _tile(queries, query_slot, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
-        keys = _tile(k, k_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
+        query = _tile(queries, query_slot, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+        keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         logits += _launch.dot(query, tl.trans(keys))
     slot = first + tl.arange(0, SLOTS)
     return tl.where((slot < kept)[:, None], logits * scale, float("-inf"))
@@ -241,7 +253,8 @@ def _shares(
     """A and A / mass [slots, tokens], and the mass."""
     slot = first + tl.arange(0, SLOTS)
     token = tl.arange(0, TOKENS)
-    log_share = tl.where((token < SEGMENT)[None, :], logits - log_total[None, :], float("-inf"))
+    shared = (slot < kept)[:, None] & (token < SEGMENT)[None, :]
+    log_share = tl.where(shared, logits - log_total[None, :], float("-inf"))
     top = tl.max(log_share, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     mean = tl.exp(log_share - top[:, None])
@@ -268,15 +281,15 @@ def _by_log_share(
     share, mean, _ = _shares(logits, log_total, first, kept, SEGMENT, SLOTS, TOKENS)
     slot = first + tl.arange(0, SLOTS)
     row = slots_at + slot * heads
-    by_mass = tl.load(grad_mass + row, mask=slot < MOST, other=0.0)
-    by_position = tl.load(grad_position + row, mask=slot < MOST, other=0.0)
+    by_mass = tl.load(grad_mass + row, mask=slot < kept, other=0.0)
+    by_position = tl.load(grad_position + row, mask=slot < kept, other=0.0)
     pull = by_position[:, None] * tl.arange(0, TOKENS).to(tl.float32)[None, :]
     for lowest in range(0, DIM, BLOCK_DIM):
-        from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
-        keys = _tile(k, k_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
+        from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+        keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         pull += _launch.dot(from_k, tl.trans(keys))
-        from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, MOST, lowest, SLOTS, DIM, BLOCK_DIM)
-        values = _tile(v, v_time, 0, SEGMENT, lowest, TOKENS, DIM, BLOCK_DIM)
+        from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+        values = _tokens(v, v_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         pull += _launch.dot(from_v, tl.trans(values))
     by_log = mean * (pull - tl.sum(mean * pull, 1)[:, None]) + share * by_mass[:, None]
-    return by_log, share, mean
+    return tl.where((slot < kept)[:, None], by_log, 0.0), share, mean

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _packing
 from . import eager, reference
 
 __all__ = ["IMPLEMENTATIONS", "hash_codes", "margins"]
@@ -51,6 +51,8 @@ def hash_codes(
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected [batch, time, heads, dim] of floats, got {x.dtype} of shape {list(x.shape)}")
     heads, dim = x.shape[2:]
+    if heads < 1 or dim < 1:
+        raise ValueError(f"x: expected at least 1 head of at least 1 dim, got {list(x.shape)}")
     if weight.ndim != 4 or weight.shape[0] not in (1, heads) or weight.shape[3] != dim:
         raise ValueError(f"weight: expected [{heads} or 1, tables, bits, {dim}], got {list(weight.shape)}")
     if weight.dtype != x.dtype:
@@ -62,6 +64,7 @@ def hash_codes(
         raise ValueError(
             f"weight: {family} expected at least 1 table of 1 to {_MOST_BITS[family]} bits, got {tables} of {bits}"
         )
+    _packing.check_integers(probes=probes)
     most = bits + (family == "hyperplane")
     if not 1 <= probes <= most:
         raise ValueError(f"probes: {family} with {bits} bits expected 1 to {most}, got {probes}")

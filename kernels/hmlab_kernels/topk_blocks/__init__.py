@@ -46,9 +46,10 @@ def topk_blocks(
     sets of blocks the heads share; it divides heads and is a multiple of kv_heads (heads if None). scale: dim^-0.5 if
     None. impl: one of `IMPLEMENTATIONS`; None takes the device's default.
     Returns index (int32) and score (at least float32), votes descending, equal ones by block; -1 and -inf where a set
-    has fewer blocks. The sets axis is ceil(time / query_block) long. Packed sequences: the sets of all follow one
-    another, blocks are counted from each sequence's first slot, and the axis has the fixed length
-    floor((time + sequences · (query_block - 1)) / query_block), with -1 and -inf in what is left over.
+    has fewer blocks. A vote that is NaN counts as -inf: such a block is never picked. The sets axis is ceil(time /
+    query_block) long. Packed sequences: the sets of all follow one another, blocks are counted from each sequence's
+    first slot, and the axis has the fixed length floor((time + sequences · (query_block - 1)) / query_block), with -1
+    and -inf in what is left over.
     Deterministic. Raises ValueError by argument.
     """
     _check(q, k, bias, visible, cu_seqlens, cu_slots)
@@ -57,6 +58,7 @@ def topk_blocks(
     groups = heads if groups is None else groups
     if groups < 1 or heads % groups or groups % kv_heads:
         raise ValueError(f"groups: expected a divisor of {heads} heads, multiple of {kv_heads} kv heads, got {groups}")
+    _packing.check_integers(picks=picks, query_block=query_block, slot_block=slot_block)
     for name, value in (("picks", picks), ("query_block", query_block), ("slot_block", slot_block)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -74,6 +76,8 @@ def _check(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu
     if q.ndim != 4 or not q.is_floating_point():
         raise ValueError(f"q: expected floats [batch, time, heads, dim], got {q.dtype} {list(q.shape)}")
     batch, _, heads, dim = q.shape
+    if heads < 1 or dim < 1:
+        raise ValueError(f"q: expected at least 1 head of at least 1 dim, got {list(q.shape)}")
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(f"k: expected [{batch}, slots, kv_heads, {dim}], got {list(k.shape)}")
     if k.shape[2] < 1 or heads % k.shape[2]:

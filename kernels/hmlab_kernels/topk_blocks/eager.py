@@ -79,4 +79,5 @@ def _votes(voters: Tensor, k: Tensor, bias: Tensor | None, hidden: Tensor | None
     score[:, slots:] = -torch.inf
     score = score.unflatten(1, (blocks, slot_block)).logsumexp(2)
     score = score.view(kv_heads, blocks, count, each, groups // kv_heads, heads // groups).logsumexp((3, 5))
+    score.masked_fill_(score.isnan(), -torch.inf)  # a sort would put it first
     return score.permute(2, 0, 3, 1).flatten(1, 2)

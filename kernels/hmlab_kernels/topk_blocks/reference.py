@@ -52,6 +52,7 @@ def votes(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_
                         for h in members
                     ]
                     if terms:
-                        every[row, done, group, block] = torch.stack(terms).logsumexp(0)
+                        vote = torch.stack(terms).logsumexp(0)
+                        every[row, done, group, block] = torch.where(vote.isnan(), -torch.inf, vote)
             done += 1
     return every

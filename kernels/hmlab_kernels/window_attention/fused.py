@@ -1,8 +1,9 @@
 """Window attention in Triton, in the manner of flash attention: a program per block of queries (or keys) and head.
 
 The forward pass and the queries' gradient walk over the keys from the first window's start to the diagonal; the
-keys' gradient walks over the queries that see a block. Sinks are seen by all later queries of their sequence, so
-each query block leaves its part of their gradient in a buffer, summed afterwards. No atomics: deterministic.
+keys' gradient walks over the queries that see a block. Sinks are seen by all later queries of their sequence: their
+gradient is divided among a bounded number of programs, each of which walks over its run of queries and leaves one part
+in a buffer, summed afterwards. No atomics: deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from .._launch import block_dim, dot, on, unit_stride
 from .layout import Layout
 
-_ROWS, _COLUMNS = 64, 128  # of the sinks' partial gradients, summed at a time
+_PARTS = 256  # of the sinks' gradient, of a row of the batch: enough programs for a large GPU, and little memory
+_ROWS, _COLUMNS = 64, 128  # of these parts, summed at a time
 _FAR = 1 << 29  # more than any position, so that sums of a few stay within 32 bits
 
 
@@ -169,15 +171,23 @@ def _forward_kernel(
 
 
 @triton.jit
-def _weights(query, key, value, grad, sees, scale, lse, delta):
-    """Softmax weights and gradients of the scores (but for the scale) of a tile, [queries, keys]."""
+def _score_gradient(query, key, value, grad, sees, scale, lse, delta):
+    """Gradients of the scores (but for the scale) of a tile, [queries, keys]."""
     weight = tl.where(sees, tl.exp2(dot(query, tl.trans(key)) * scale - lse[:, None]), 0.0)
-    return weight, weight * (dot(grad, tl.trans(value)) - delta[:, None])
+    return weight * (dot(grad, tl.trans(value)) - delta[:, None])
+
+
+@triton.jit
+def _add_key_gradient(query, key, value, grad, sees, scale, lse, delta, d_key, d_value):
+    """What a tile of queries adds to the gradients of keys (but for the scale) and values; sees: [keys, queries]."""
+    weight = tl.where(sees, tl.exp2(dot(key, tl.trans(query)) * scale - lse[None, :]), 0.0)
+    d_score = weight * (dot(value, tl.trans(grad)) - delta[None, :])
+    return d_key + dot(d_score.to(query.dtype), query), d_value + dot(weight.to(grad.dtype), grad)
 
 
 @triton.jit
 def _query_gradient_kernel(
-    q, k, v, out, lse, grad_out, grad_lse, grad_q, saved, partial, table, cu_seqlens, cu_keys, start,
+    q, k, v, out, lse, grad_out, grad_lse, grad_q, saved, table, cu_seqlens, cu_keys, start,
     q_row, q_time, q_head, k_row, k_time, k_head, v_row, v_time, v_head, g_row, g_time, g_head,
     time, keys, blocks, tokens, window, sinks, segment, lead, scale, out_scale,
     PACKED: tl.constexpr, STREAMED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -214,30 +224,74 @@ def _query_gradient_kernel(
     high = tl.minimum(low + QUERIES, position + queries)
     if SINKS > 0:
         reached = tl.where(high > low, tl.minimum(_begin(high - 1, window, segment), sinks), 0)
-        partial += ((pid // GROUP).to(tl.int64) * heads + head) * (2 * sinks * DIM)
-        for j0 in range(0, sinks, SINKS):
+        for j0 in range(0, reached, SINKS):
             j = j0 + tl.arange(0, SINKS)
             key = _load(k, j, k_time, columns, j < reached, DIM)
             value = _load(v, j, v_time, columns, j < reached, DIM)
             sees = (j[None, :] < begin[:, None]) & (j < reached)[None, :]
-            weight, d_score = _weights(query, key, value, grad, sees, scale, sums, delta)
+            d_score = _score_gradient(query, key, value, grad, sees, scale, sums, delta)
             acc += dot(d_score.to(key.dtype), key)
-            _store(partial, j, columns, j < sinks, dot(tl.trans(d_score.to(query.dtype)), query), DIM)
-            _store(partial, j + sinks, columns, j < sinks, dot(tl.trans(weight.to(grad.dtype)), grad), DIM)
     for x0 in range(tl.maximum(_begin(low, window, segment), first), high, KEYS):
         x = x0 + tl.arange(0, KEYS)
         key = _load(k, x - first + lead, k_time, columns, x < high, DIM)
         value = _load(v, x - first + lead, v_time, columns, x < high, DIM)
         sees = (x[None, :] >= begin[:, None]) & (x[None, :] <= p[:, None])
-        weight, d_score = _weights(query, key, value, grad, sees, scale, sums, delta)
+        d_score = _score_gradient(query, key, value, grad, sees, scale, sums, delta)
         acc += dot(d_score.to(key.dtype), key)
     _store(grad_q, token * heads + head, columns, inside, acc * out_scale, DIM)
 
 
 @triton.jit
-def _sink_sum_kernel(partial, sums, cu_seqlens, firsts, time, blocks, size, PACKED: tl.constexpr, GROUP: tl.constexpr,
-                     QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """The sinks' gradients of a sequence and kv head: summed over its query blocks and the heads of its group."""
+def _sink_gradient_kernel(
+    q, k, v, grad_out, saved, parts, table, cu_seqlens, cu_keys, start,
+    q_row, q_time, q_head, k_row, k_time, k_head, v_row, v_time, v_head, g_row, g_time, g_head,
+    time, keys, blocks, span, tokens, window, sinks, segment, lead, scale,
+    PACKED: tl.constexpr, STREAMED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """What `span` queries of the heads of a group add to the gradients of a tile of sinks."""
+    # The tiles of sinks are neighbours in the grid, so that they find one another's queries in the cache.
+    tiles = tl.cdiv(sinks, SINKS)
+    part = tl.program_id(0) // tiles
+    j = tl.program_id(0) % tiles * SINKS + tl.arange(0, SINKS)
+    kv_head = tl.program_id(1).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    sequence, block = _place(part, table, blocks, PACKED)
+    row, query_row, queries, key_row, _, _, position = _span(
+        sequence, cu_seqlens, cu_keys, start, time, keys, lead, PACKED, STREAMED)  # fmt: skip
+    # Up to the end of the first segment, windows reach back to the beginning and no sink lies before them.
+    low = tl.maximum(block * span, window - 1 + segment - position)
+    high = tl.minimum(block * span + span, queries)
+    many = tl.cdiv(tl.maximum(high - low, 0), QUERIES)
+    reached = tl.where(many > 0, tl.minimum(_begin(position + high - 1, window, segment), sinks), 0)
+    columns = tl.arange(0, WIDTH)
+    key = _load(k + row * k_row + key_row * k_time + kv_head * k_head, j, k_time, columns, j < reached, DIM)
+    value = _load(v + row * v_row + key_row * v_time + kv_head * v_head, j, v_time, columns, j < reached, DIM)
+    d_key = tl.zeros([SINKS, WIDTH], tl.float32)
+    d_value = tl.zeros([SINKS, WIDTH], tl.float32)
+    q += row * q_row + query_row * q_time
+    grad_out += row * g_row + query_row * g_time
+    for step in range(0, many * GROUP):
+        head = kv_head * GROUP + step // many
+        i = low + step % many * QUERIES + tl.arange(0, QUERIES)
+        inside = i < high
+        query = _load(q + head * q_head, i, q_time, columns, inside, DIM)
+        grad = _load(grad_out + head * g_head, i, g_time, columns, inside, DIM)
+        token = row * time + query_row + i
+        sums = tl.load(saved + head * tokens + token, mask=inside, other=0.0)
+        delta = tl.load(saved + (kv_heads * GROUP + head) * tokens + token, mask=inside, other=0.0)
+        begin = _begin(position + i, window, segment)
+        sees = (j[:, None] < begin[None, :]) & (j < reached)[:, None] & inside[None, :]
+        d_key, d_value = _add_key_gradient(query, key, value, grad, sees, scale, sums, delta, d_key, d_value)
+    parts += (part.to(tl.int64) * kv_heads + kv_head) * (2 * sinks * DIM)
+    _store(parts, j, columns, j < sinks, d_key, DIM)
+    _store(parts, j + sinks, columns, j < sinks, d_value, DIM)
+
+
+@triton.jit
+def _sink_sum_kernel(parts, sums, cu_seqlens, firsts, time, blocks, span, size, PACKED: tl.constexpr,
+                     ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """The sinks' gradients of a sequence and kv head: the sum of their parts."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -248,13 +302,13 @@ def _sink_sum_kernel(partial, sums, cu_seqlens, firsts, time, blocks, size, PACK
     else:
         queries = tl.program_id(0) * 0 + time
         first = sequence * blocks
-    many = tl.cdiv(queries, QUERIES) * GROUP
+    many = tl.cdiv(queries, span)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for r0 in range(0, many, ROWS):
         r = r0 + tl.arange(0, ROWS)
-        place = ((first + r // GROUP) * kv_heads + kv_head) * GROUP + r % GROUP
+        place = (first + r) * kv_heads + kv_head
         mask = (r < many)[:, None] & (column < size)[None, :]
-        acc += tl.load(partial + (place * size)[:, None] + column[None, :], mask=mask, other=0.0)
+        acc += tl.load(parts + (place * size)[:, None] + column[None, :], mask=mask, other=0.0)
     tl.store(sums + (sequence * kv_heads + kv_head) * size + column, tl.sum(acc, 0), mask=column < size)
 
 
@@ -299,11 +353,7 @@ def _key_gradient_kernel(
         delta = tl.load(saved + (kv_heads * GROUP + head) * tokens + token, mask=inside, other=0.0)
         begin = _begin(p, window, segment)
         sees = (x[:, None] >= begin[None, :]) & (x[:, None] <= p[None, :]) & inside[None, :]
-        # As in _weights, but [keys, queries], so that the products below need no transposed weights.
-        weight = tl.where(sees, tl.exp2(dot(key, tl.trans(query)) * scale - sums[None, :]), 0.0)
-        d_score = weight * (dot(value, tl.trans(grad)) - delta[None, :])
-        d_key += dot(d_score.to(query.dtype), query)
-        d_value += dot(weight.to(grad.dtype), grad)
+        d_key, d_value = _add_key_gradient(query, key, value, grad, sees, scale, sums, delta, d_key, d_value)
     if SINKS > 0:
         sink_sums += (sequence.to(tl.int64) * kv_heads + kv_head) * (2 * sinks * DIM)
         d_key += _load(sink_sums, r, DIM, columns, (r < sinks) & (r < held), DIM)
@@ -393,27 +443,34 @@ def backward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, out:
     rows = _blocks(batch, time, call.bounds[0], call.sizes.queries)
     columns = _blocks(batch, layout.keys, call.bounds[1], call.sizes.keys)
     saved = q.new_empty(2, heads, batch * time, dtype=torch.float32)  # log-sum-exp (base 2) and delta
-    partial = sums = None
-    if sinks:
-        sequences = batch if call.bounds[0] is None else len(call.bounds[0]) - 1
-        partial = q.new_empty(rows.programs, heads, 2, sinks, dim, dtype=torch.float32)
-        sums = q.new_empty(sequences, kv_heads, 2, sinks, dim, dtype=torch.float32)
+    sink_sums = None
     strides = *call.strides, *grad_out.stride()[:3]
-    options = batch * time, *call.options, scale / math.log(2), scale
+    options = batch * time, *call.options, scale / math.log(2)
     with on(q):
         _query_gradient_kernel[rows.programs * call.constants["GROUP"], kv_heads](
-            q, k, v, out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous(), grad_q, saved, partial,
-            rows.table, *call.bounds, *strides, time, layout.keys, rows.per_sequence, *options,
+            q, k, v, out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous(), grad_q, saved,
+            rows.table, *call.bounds, *strides, time, layout.keys, rows.per_sequence, *options, scale,
             **call.constants,
         )  # fmt: skip
         if sinks:
             size = 2 * sinks * dim
+            # As many queries to a part that a row of the batch, whatever its sequences, has about _PARTS of them.
+            span = call.sizes.queries * triton.cdiv(time, call.sizes.queries * _PARTS)
+            runs = _blocks(batch, time, call.bounds[0], span)
+            tile = min(call.sizes.keys, block_dim(sinks))
+            parts = q.new_empty(runs.programs, kv_heads, size, dtype=torch.float32)
+            sequences = batch if call.bounds[0] is None else len(call.bounds[0]) - 1
+            sink_sums = q.new_empty(sequences, kv_heads, size, dtype=torch.float32)
+            _sink_gradient_kernel[runs.programs * triton.cdiv(sinks, tile), kv_heads](
+                q, k, v, grad_out, saved, parts, runs.table, *call.bounds, *strides, time, layout.keys,
+                runs.per_sequence, span, *options, **call.constants | {"SINKS": tile},
+            )  # fmt: skip
             _sink_sum_kernel[sequences, kv_heads, triton.cdiv(size, _COLUMNS)](
-                partial, sums, call.bounds[0], rows.firsts, time, rows.per_sequence, size, call.constants["PACKED"],
-                call.constants["GROUP"], call.sizes.queries, _ROWS, _COLUMNS,
+                parts, sink_sums, call.bounds[0], runs.firsts, time, runs.per_sequence, span, size,
+                call.constants["PACKED"], _ROWS, _COLUMNS,
             )  # fmt: skip
         _key_gradient_kernel[columns.programs, kv_heads](
-            q, k, v, grad_out, grad_k, grad_v, saved, sums, columns.table, *call.bounds, *strides,
-            time, layout.keys, columns.per_sequence, *options, **call.constants,
+            q, k, v, grad_out, grad_k, grad_v, saved, sink_sums, columns.table, *call.bounds, *strides,
+            time, layout.keys, columns.per_sequence, *options, scale, **call.constants,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
