@@ -6,6 +6,7 @@ from hmlab_kernels import parity
 from hmlab_kernels.tree_attention import Level, attention_weights, tree_attention, tree_attention_step
 from hmlab_kernels.tree_attention.cases import inputs, tiles
 from hmlab_kernels.tree_attention.levels import visible_rows
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["fused"] if DEVICE == "cuda" else ["native", "fused"]
@@ -37,7 +38,23 @@ def poisoned():
         ({"nodes": torch.zeros(3, 2, 2, 16)}, r"nodes: expected \[rows, 2, 1, 16\], got \[3, 2, 2, 16\]"),
         ({"nodes": torch.zeros(3, 2, 1, 16).double()}, r"nodes: expected own's dtype torch.float32, got torch.float64"),
         ({"position": torch.ones(1, 5).long()}, r"position: expected \[1, 4\], got \[1, 5\]"),
-        ({"arity": 1}, "arity: expected at least 2, got 1"),
+        ({"position": torch.ones(1, 4)}, r"position: expected integers, one of .*, got torch.float32"),
+        ({"position": torch.ones(1, 4).bool()}, r"position: expected integers, one of .*, got torch.bool"),
+        ({"position": torch.ones(1, 4, device="meta").long()}, "position: expected a tensor on cpu, got one on meta"),
+        ({"own": torch.zeros(1, 4, 3, 1, 16).long()}, r"own: expected one of .*, got torch.int64"),
+        ({"own": torch.zeros(1, 4, 3, 1, 16).to(torch.float8_e4m3fn)}, r"own: expected one of .*, got torch.float8"),
+        ({"own": torch.zeros(1, 4, 3, 1, 0), "nodes": torch.zeros(3, 2, 1, 0)}, "own: expected a head dim of at least"),
+        ({"arity": 1}, "arity: expected at least 2 and at most .*, got 1"),
+        ({"arity": 2**64}, "arity: expected at least 2 and at most"),
+        ({"levels": [Level(0, 2, 1, 2, 1, 0)] * 70}, "levels: expected spans of less than 2.63 tokens, got 70 levels"),
+        ({"levels": [(0, 2, 1)]}, "levels: expected the 6 whole numbers of a Level"),
+        ({"levels": [Level(0, 2, 0.5, 2, 1, 0)]}, "levels: expected the 6 whole numbers of a Level"),
+        ({"levels": [Level(10**9, 2, 1, 2, 1, 0)]}, "levels: expected an offset within the 3 rows of nodes, got 10000"),
+        ({"levels": [Level(-1, 2, 1, 2, 1, 0)]}, "levels: expected fields from 0 to"),
+        ({"levels": [Level(0, 2, -1, 2, 1, 0)]}, "levels: expected fields from 0 to"),
+        ({"levels": [Level(0, 2, 1, 2, 1, -1)]}, "levels: expected fields from 0 to"),
+        ({"levels": [Level(0, 2**62, 1, 2, 1, 0)]}, "levels: expected fields from 0 to"),
+        ({"levels": [Level(0, 2, 1, 2, 0, 0)]}, "levels: expected 1 to 65536 slots, got 0 in level 1"),
         ({"impl": "none"}, r"impl: tree_attention expected one of \['native', 'fused', 'eager', 'reference'\]"),
     ],
 )
@@ -45,6 +62,105 @@ def test_errors_name_the_argument(changed, message):
     made = inputs(parity.Draw(), 1, 4, 1, 16)
     with pytest.raises(ValueError, match=message):
         tree_attention(**made | changed)
+
+
+OUTSIDE = {
+    "more nodes than there are": (torch.full((1, 600), 2), 8, [Level(0, 4, 1, 4, 1, 0)]),
+    "a later slot": (torch.full((1, 4), 2), 4, [Level(0, 4, 1, 2, 2, 0)]),
+    "a later row of the batch": (torch.full((2, 3), 2), 4, [Level(0, 4, 1, 4, 1, 0)]),
+    "not carried": (torch.arange(9, 17)[None], 7, [Level(0, 4, 1, 4, 1, 0), Level(4, 2, 1, 2, 1, 0)]),
+    "no rows": (torch.arange(1, 9)[None], 0, [Level(0, 0, 1, 0, 1, 0)]),
+}  # fmt: skip
+
+
+def _outside(form):
+    position, rows, levels = OUTSIDE[form]
+    draw = parity.Draw(torch.float32, DEVICE)
+    return {"own": draw.normal(*position.shape, 3, 2, 16), "nodes": draw.normal(rows, 2, 2, 16),
+            "position": position.to(DEVICE), "levels": levels}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA nothing waits for what positions say")
+@pytest.mark.unchecked
+@pytest.mark.parametrize("form", OUTSIDE)
+@pytest.mark.parametrize("impl", ["native", "eager", "reference"])
+def test_nodes_outside_the_table_are_an_error(impl, form):
+    made = _outside(form)
+    with pytest.raises(ValueError, match="position: reads a node that `nodes` does not hold"):
+        tree_attention(**made, impl=impl)
+    if impl != "reference":
+        own, nodes, position, levels = made.values()
+        out, lse = own[:, :, 0].contiguous(), own[:, :, 0, :, 0].contiguous()
+        with pytest.raises(ValueError, match="position: reads a node that `nodes` does not hold"):
+            torch.ops.hmlab.tree_attention_backward(own, nodes, position, list(sum(levels, ())), 2, 0.25, impl, out,
+                                                    lse, out.clone(), lse.clone())  # fmt: skip
+    with pytest.raises(ValueError, match="position: reads a node that `nodes` does not hold"):
+        attention_weights(**made)
+
+
+@pytest.mark.parametrize("form", OUTSIDE)
+def test_fused_does_not_see_nodes_outside_the_table(form, monkeypatch):
+    """As if each such position saw only the others; and what lies around the table is neither read nor written."""
+    from hmlab_kernels.tree_attention import fused
+
+    made = _outside(form)
+    rows = len(made["nodes"])
+    around = torch.full((rows + 2000, 2, 2, 16), torch.nan, device=DEVICE)
+    around[1000 : 1000 + rows] = made["nodes"]
+    made["nodes"] = around[1000 : 1000 + rows]
+    monkeypatch.setattr(fused, "GROUP", 2)
+    monkeypatch.setattr(Tensor, "new_zeros", _walled(Tensor.new_zeros, made["nodes"].shape))
+    out, lse, *grads = _gradients(made, "fused")
+    wall = _walled.last
+    assert not wall[:1000].any() and not wall[1000 + rows :].any()
+    query, key, value = made["own"].unbind(2)
+    scores, values = [(query * key).sum(-1)[:, :, None] / 4], [value[:, :, None]]
+    for i, level in enumerate(made["levels"]):
+        at, sees = visible_rows(made["position"], level, 2 ** (i + 1))
+        held = sees[..., None] & (at >= 0) & (at < rows)
+        read = around[1000 + torch.where(held, at, -1000)]
+        score = torch.einsum("bthd,btshd->btsh", key, read[:, :, :, 0]) / 4
+        scores.append(score.where(held[..., None], -torch.inf))
+        values.append(read[:, :, :, 1].nan_to_num())
+    score = torch.cat(scores, 2)
+    torch.testing.assert_close(out, torch.einsum("btsh,btshd->bthd", score.softmax(2), torch.cat(values, 2)))
+    torch.testing.assert_close(lse, score.logsumexp(2))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def _walled(new_zeros, shape):
+    """`new_zeros` that lays a tensor of that shape into the middle of a larger one, kept as `_walled.last`."""
+
+    def call(tensor, *size, **options):
+        if tuple(size) == (shape,):
+            _walled.last = new_zeros(tensor, shape[0] + 2000, *shape[1:])
+            return _walled.last[1000 : 1000 + shape[0]]
+        return new_zeros(tensor, *size, **options)
+
+    return call
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA nothing waits for what positions say")
+@pytest.mark.unchecked
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**32 + 2])
+@pytest.mark.parametrize("impl", ["native", "eager", "reference"])
+def test_positions_out_of_range_are_an_error(impl, wrong):
+    made = inputs(parity.Draw(), 1, 4, 1, 16)
+    made["position"][0, 2] = wrong
+    with pytest.raises(ValueError, match=r"position: expected 0 to 2\^31 - 1, got"):
+        tree_attention(**made, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize("impl", [*FAST, "eager", "reference"])
+def test_positions_of_any_integer_type(impl, dtype):
+    """With a span, 256, that a byte does not hold."""
+    made = inputs(parity.Draw(torch.float32, DEVICE), 1, 20, 1, 16)
+    made["levels"] = [*made["levels"], *[Level(len(made["nodes"]), 0, 1, 0, 1, 0)] * 36]
+    expected = tree_attention(**made, impl=impl)
+    made["position"] = made["position"].to(dtype)
+    for got, wanted in zip(tree_attention(**made, impl=impl), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.unchecked

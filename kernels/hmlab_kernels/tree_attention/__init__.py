@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _dispatch
+from .._packing import check_integers, check_same_device
 from . import eager, native, reference
-from .levels import Level, flatten, unflatten
+from .levels import FLOATS, INTEGERS, Level, check_levels, flatten, unflatten
 from .step import STEP_IMPLEMENTATIONS, tree_attention_step
 
 __all__ = [
@@ -49,24 +50,14 @@ def tree_attention(
     """Read the summary tree at every position.
 
     own: query, key and value of each token. nodes: query and value of every node, rows as `levels` describe.
-    position: 1-based position in the document; 0 at padding, where out is 0 and the log-sum-exp −inf.
+    position: 1-based position in the document; 0 at padding, where out is 0 and the log-sum-exp −inf. One that reads
+    a node outside `nodes` is an error in forms for the CPU; on CUDA, and in fused, it does not see that node.
     scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None takes the device's default. fused is there for heads
     of up to 2048 bytes.
     Returns out in own's dtype and the log-sum-exp of the scores (at least float32). Sums run in float32 or better.
     native and fused are deterministic; eager is, except for its backward on CUDA. Raises ValueError by argument.
     """
-    if own.ndim != 5 or own.shape[2] != 3:
-        raise ValueError(f"own: expected [batch, time, 3, heads, dim], got {list(own.shape)}")
-    if nodes.ndim != 4 or nodes.shape[1:] != (2, *own.shape[3:]):
-        raise ValueError(f"nodes: expected [rows, 2, {own.shape[3]}, {own.shape[4]}], got {list(nodes.shape)}")
-    if position.shape != own.shape[:2]:
-        raise ValueError(f"position: expected {list(own.shape[:2])}, got {list(position.shape)}")
-    if nodes.dtype != own.dtype:
-        raise ValueError(f"nodes: expected own's dtype {own.dtype}, got {nodes.dtype}")
-    if arity < 2:
-        raise ValueError(f"arity: expected at least 2, got {arity}")
-    if own.shape[-1] > 1024:
-        raise ValueError(f"own: expected a head dim of at most 1024, got {own.shape[-1]}")
+    _check(own, nodes, position, levels, arity)
     wide = own.shape[-1] * own.element_size() > _WIDEST_FUSED
     available = tuple(name for name in IMPLEMENTATIONS if not (wide and name == "fused"))
     impl = _dispatch.choose("tree_attention", impl, own.device.type, available, own.dtype)
@@ -85,8 +76,34 @@ def tree_attention(
 def attention_weights(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level], *, arity: int = 2,
                       scale: float | None = None) -> Float[Tensor, "batch time heads node"]:
     """The weights that `tree_attention` gives, materialised: for looking, on short sequences."""
+    _check(own, nodes, position, levels, arity)
     scale = own.shape[-1] ** -0.5 if scale is None else scale
     return eager.weights(own.float(), nodes.float(), position, levels, arity, scale)
+
+
+def _check(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level], arity: int) -> None:
+    """What can be said without reading `position`."""
+    if own.ndim != 5 or own.shape[2] != 3:
+        raise ValueError(f"own: expected [batch, time, 3, heads, dim], got {list(own.shape)}")
+    if own.dtype not in FLOATS:
+        raise ValueError(f"own: expected one of {list(FLOATS)}, got {own.dtype}")
+    if nodes.ndim != 4 or nodes.shape[1:] != (2, *own.shape[3:]):
+        raise ValueError(f"nodes: expected [rows, 2, {own.shape[3]}, {own.shape[4]}], got {list(nodes.shape)}")
+    if nodes.dtype != own.dtype:
+        raise ValueError(f"nodes: expected own's dtype {own.dtype}, got {nodes.dtype}")
+    if own.shape[-1] == 0:
+        raise ValueError("own: expected a head dim of at least 1, got 0")
+    if own.shape[-1] > 1024:
+        raise ValueError(f"own: expected a head dim of at most 1024, got {own.shape[-1]}")
+    if position.shape != own.shape[:2]:
+        raise ValueError(f"position: expected {list(own.shape[:2])}, got {list(position.shape)}")
+    if position.dtype not in INTEGERS:
+        raise ValueError(f"position: expected integers, one of {list(INTEGERS)}, got {position.dtype}")
+    check_same_device(own, nodes=nodes, position=position)
+    check_integers(arity=arity)
+    if not 2 <= arity < 2**31:
+        raise ValueError(f"arity: expected at least 2 and at most 2^31 - 1, got {arity}")
+    check_levels(levels, nodes.shape[0], arity)
 
 
 def _form(impl: str) -> ModuleType:

@@ -10,7 +10,7 @@ each level may be shared with the tiles beside it: their sums go to a table of e
 `[tiles, (first, last), slots of all levels, 2, heads, dim]`, whose runs `_add_runs` adds in order, GROUP tiles at a
 time, then GROUP groups at a time: a node that thousands of tiles read costs a few launches, not a long chain.
 
-A NaN in a node reaches every position of a tile that lists it.
+A NaN in a node reaches every position of a tile that lists it. A node that the table does not hold is not read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def forward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level
     own, nodes = _launch.unit_stride(own), _launch.unit_stride(nodes)
     tile = tile_of(dim, own.element_size(), backward=False)
     with _launch.on(own):
-        listed = list_nodes(position, levels, arity, tile.positions)
+        listed = list_nodes(position, levels, arity, tile.positions, len(nodes))
         _forward[(batch * listed.tiles * heads,)](
             own, *own.stride()[:-1], nodes, *nodes.stride()[:-1], position, *position.stride(), listed.rows,
             listed.marks, listed.many, out, lse, scale, time, listed.tiles, heads, listed.room, dim,
@@ -81,7 +81,7 @@ def backward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Leve
     own, nodes, grad_out = (_launch.unit_stride(x) for x in (own, nodes, grad_out))
     tile = tile_of(dim, own.element_size(), backward=True)
     with _launch.on(own):
-        listed = list_nodes(position, levels, arity, tile.positions)
+        listed = list_nodes(position, levels, arity, tile.positions, len(nodes))
         edges = own.new_empty(batch * listed.tiles, 2, listed.slots, 2, heads, dim, dtype=torch.float32)
         _backward[(batch * listed.tiles * heads,)](
             own, *own.stride()[:-1], nodes, *nodes.stride()[:-1], position, *position.stride(), listed.rows,
@@ -104,7 +104,7 @@ def _add_edges(edges: Tensor, listed: Listed, grad_nodes: Tensor, batch: int) ->
         sums = edges if groups == 1 else edges.new_empty(batch * groups, *edges.shape[1:])
         _add_runs[(batch * groups * listed.slots * triton.cdiv(width, block),)](
             edges, sums, listed.before, listed.table, grad_nodes, listed.tiles, entries, groups, step, listed.slots,
-            width, GROUP=GROUP, BLOCK=block, LEVELS=listed.table.shape[1], LAST=groups == 1,
+            width, len(grad_nodes), GROUP=GROUP, BLOCK=block, LEVELS=listed.table.shape[1], LAST=groups == 1,
         )  # fmt: skip
         if groups == 1:
             return
@@ -243,7 +243,7 @@ def _pick(table, index, level, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _add_runs(edges, sums, before, table, grad_nodes, tiles, entries, groups, step, held, width,
+def _add_runs(edges, sums, before, table, grad_nodes, tiles, entries, groups, step, held, width, count,
               GROUP: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Add what GROUP neighbouring entries, of `step` tiles each, hold of one slot of one level. Nodes that begin and
     end among them are finished; the first and the last become the edges of the group, unless it is the only one."""
@@ -271,18 +271,20 @@ def _add_runs(edges, sums, before, table, grad_nodes, tiles, entries, groups, st
         held_here = edges + ((b * entries + e) * 2 * held + m) * width + x
         acc += tl.load(held_here, mask=inside & (e < entries), other=0)
         ends = high > low
+        row = base + low * node_step
         if LAST:
-            tl.store(grad_nodes + (base + low * node_step) * width + x, acc.to(grad_nodes.dtype.element_ty),
-                     mask=inside & ends & (low >= oldest))  # fmt: skip
+            tl.store(grad_nodes + row * width + x, acc.to(grad_nodes.dtype.element_ty),
+                     mask=inside & ends & (low >= oldest) & (row < count))  # fmt: skip
         else:
             tl.store(first, acc, mask=inside & ends & (low == start))
-            tl.store(grad_nodes + (base + low * node_step) * width + x, acc.to(grad_nodes.dtype.element_ty),
-                     mask=inside & ends & (low > start))  # fmt: skip
+            tl.store(grad_nodes + row * width + x, acc.to(grad_nodes.dtype.element_ty),
+                     mask=inside & ends & (low > start) & (row < count))  # fmt: skip
         last = tl.load(held_here + held * width, mask=inside & ends, other=0)
         acc = tl.where(ends, last, acc)
         e += 1
     if LAST:
-        tl.store(grad_nodes + (base + high * node_step) * width + x, acc.to(grad_nodes.dtype.element_ty),
-                 mask=inside & (high >= oldest))  # fmt: skip
+        row = base + high * node_step
+        tl.store(grad_nodes + row * width + x, acc.to(grad_nodes.dtype.element_ty),
+                 mask=inside & (high >= oldest) & (row < count))  # fmt: skip
     else:
         tl.store(first + tl.where(high > start, held * width, 0), acc, mask=inside)

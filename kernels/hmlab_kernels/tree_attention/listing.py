@@ -31,8 +31,9 @@ class Listed(NamedTuple):
     room: int
 
 
-def list_nodes(position: Tensor, levels: Sequence[Level], arity: int, size: int) -> Listed:
-    """Count what each tile completes, add up along the tiles, then write each tile's list."""
+def list_nodes(position: Tensor, levels: Sequence[Level], arity: int, size: int, count: int) -> Listed:
+    """Count what each tile completes, add up along the tiles, then write each tile's list. Nodes outside a table of
+    `count` rows are not read."""
     batch, time = position.shape
     tiles, slots = triton.cdiv(time, size), sum(level.slots for level in levels)
     # A bound whatever the positions say; what lies behind the listed nodes is never touched.
@@ -46,7 +47,7 @@ def list_nodes(position: Tensor, levels: Sequence[Level], arity: int, size: int)
     rows = torch.empty(batch * tiles, room, dtype=torch.int64, device=position.device)
     marks, many = torch.empty(batch * tiles, 4, room, **ints), torch.empty(batch * tiles, **ints)
     _columns[(batch * tiles,)](
-        position, *position.stride(), table, before, rows, marks, many, time, tiles, room, slots,
+        position, *position.stride(), table, before, rows, marks, many, time, tiles, room, slots, count,
         max((level.slots for level in levels), default=0), **shared,
     )  # fmt: skip
     return Listed(rows, marks, many, before, table, tiles, slots, room)
@@ -91,7 +92,7 @@ def _count(position, position_b, position_t, table, counts, time, tiles, TILE: t
 
 
 @triton.jit
-def _columns(position, position_b, position_t, table, before, rows, marks, many, time, tiles, room, held, most,
+def _columns(position, position_b, position_t, table, before, rows, marks, many, time, tiles, room, held, count, most,
              TILE: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     b, tile = at // tiles, at % tiles
@@ -119,7 +120,8 @@ def _columns(position, position_b, position_t, table, before, rows, marks, many,
     for s in range(most):
         holds = s < slots
         first = start + s
-        tl.store(rows + first, tl.where(is_read, base + old * step + s * stride, -1), mask=holds)
+        left = base + old * step + s * stride
+        tl.store(rows + first, tl.where(is_read & (left < count), left, -1), mask=holds)
         tl.store(begins + first, tl.zeros([LEVELS], tl.int32), mask=holds)
         tl.store(ends + first + new * slots, tl.zeros([LEVELS], tl.int32) + TILE, mask=holds)
         tl.store(spans + first, span, mask=holds)
@@ -128,7 +130,7 @@ def _columns(position, position_b, position_t, table, before, rows, marks, many,
         stored = (done > 0) & holds[None, :]
         node = base[None, :] + (old[None, :] + rank) * step[None, :] + s * stride[None, :]
         last = (held + below + s)[None, :]
-        tl.store(rows + column, node, mask=stored)
+        tl.store(rows + column, tl.where(node < count, node, -1), mask=stored)
         tl.store(begins + column, t, mask=stored)
         tl.store(ends + column - slots[None, :], t, mask=stored)
         tl.store(spans + column, span[None, :] + t * 0, mask=stored)

@@ -4,6 +4,8 @@
 // the nodes that a chunk reads only the first of each level can also be read by the chunk before: its gradient
 // goes to a buffer private to the chunk, added afterwards in order. That makes the gradient free of races and the
 // same for any number of threads.
+//
+// A position may ask for a node that the table does not hold: it is left out, and the call returns false.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,7 +22,7 @@ struct Level {  // rows of the node table: offset + batch * b + node * j + slot 
 };
 
 struct Shape {
-    int64_t batch, time, heads, dim, levels, arity;
+    int64_t batch, time, heads, dim, levels, arity, rows;
     const Level* level;
     const int32_t* position;  // [batch, time], 1-based in the document, 0 at padding
     int64_t nodes_per_position() const {
@@ -133,11 +135,13 @@ std::vector<int64_t> completed_before(const Shape& s) {
 
 // Calls read(item, token, n, rows, index, two scratch arrays, scratch pointers) for every token: rows[0] is the
 // token's own query, key, value; rows[j] the query and value of the j-th visible node, index[j] its row number.
+// Returns whether the table holds all nodes that are visible.
 template <typename T, typename Read>
-void for_each_position(const Shape& s, const T* own, const T* nodes, Read read) {
+bool for_each_position(const Shape& s, const T* own, const T* nodes, Read read) {
     const int64_t width = s.heads * s.dim, most = s.nodes_per_position(), chunks = s.chunks();
     const std::vector<int64_t> before = completed_before(s);
-#pragma omp parallel
+    bool held = true;
+#pragma omp parallel reduction(&& : held)
     {
         std::vector<const T*> row(most);
         std::vector<int64_t> index(most, -1);
@@ -157,9 +161,14 @@ void for_each_position(const Shape& s, const T* own, const T* nodes, Read read) 
                     for (int64_t i = 0; i < s.levels && t >= counter.power[i]; ++i) {
                         const Level& level = s.level[i];
                         const int64_t node = counter.done[i] + level.carry - 1;
-                        for (int64_t k = 0; k < level.slots; ++k, ++n) {
-                            index[n] = level.offset + level.batch * b + level.node * node + level.slot * k;
-                            row[n] = nodes + index[n] * 2 * width;
+                        for (int64_t k = 0; k < level.slots; ++k) {
+                            const int64_t at = level.offset + level.batch * b + level.node * node + level.slot * k;
+                            if (node < 0 || at >= s.rows) {  // no field of a level is negative
+                                held = false;
+                                continue;
+                            }
+                            index[n] = at;
+                            row[n++] = nodes + at * 2 * width;
                         }
                     }
                 }
@@ -168,13 +177,14 @@ void for_each_position(const Shape& s, const T* own, const T* nodes, Read read) 
             }
         }
     }
+    return held;
 }
 
 template <typename T, int D>
-void forward(const Shape& s, const T* own, const T* nodes, T scale, T* out, T* lse) {
+bool forward(const Shape& s, const T* own, const T* nodes, T scale, T* out, T* lse) {
     const int64_t width = s.heads * s.dim, H = s.heads, dim = D ? D : s.dim;
-    for_each_position<T>(s, own, nodes, [=](int64_t, int64_t at, int64_t n, const T* const* row, const int64_t*,
-                                            T* score, T*, T**) {
+    return for_each_position<T>(s, own, nodes, [=](int64_t, int64_t at, int64_t n, const T* const* row,
+                                                   const int64_t*, T* score, T*, T**) {
         T* y = out + at * width;
         if (!n) {
             std::fill_n(y, width, T(0));
@@ -206,7 +216,7 @@ void forward(const Shape& s, const T* own, const T* nodes, T scale, T* out, T* l
 }
 
 template <typename T, int D>
-void backward(const Shape& s, const T* own, const T* nodes, T scale, const T* out, const T* lse, const T* grad_out,
+bool backward(const Shape& s, const T* own, const T* nodes, T scale, const T* out, const T* lse, const T* grad_out,
               const T* grad_lse, T* grad_own, T* grad_nodes) {
     const int64_t width = s.heads * s.dim, H = s.heads, dim = D ? D : s.dim, most = s.nodes_per_position();
     const int64_t items = s.batch * s.chunks();
@@ -215,8 +225,8 @@ void backward(const Shape& s, const T* own, const T* nodes, T scale, const T* ou
     std::vector<T> shared(items * most * 2 * width, T(0));
     int64_t* first = shared_row.data();
     T* apart = shared.data();
-    for_each_position<T>(s, own, nodes, [=](int64_t item, int64_t at, int64_t n, const T* const* row,
-                                            const int64_t* index, T* p, T* ds, T** target) {
+    const bool held = for_each_position<T>(s, own, nodes, [=](int64_t item, int64_t at, int64_t n, const T* const* row,
+                                                              const int64_t* index, T* p, T* ds, T** target) {
         T* d_own = grad_own + at * 3 * width;
         if (!n) {
             std::fill_n(d_own, 3 * width, T(0));
@@ -260,10 +270,11 @@ void backward(const Shape& s, const T* own, const T* nodes, T scale, const T* ou
             if (first[k] >= 0)
                 for (int64_t d = 0; d < 2 * width; ++d)
                     grad_nodes[first[k] * 2 * width + d] += apart[k * 2 * width + d];
+    return held;
 }
 
 template <typename T, typename F>
-void by_dim(int64_t dim, F call) {
+bool by_dim(int64_t dim, F call) {
     switch (dim) {
         case 8: return call(std::integral_constant<int, 8>{});
         case 16: return call(std::integral_constant<int, 16>{});
@@ -275,24 +286,25 @@ void by_dim(int64_t dim, F call) {
 }
 
 Shape make_shape(const int64_t* sizes, const int64_t* levels, const int32_t* position) {
-    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], reinterpret_cast<const Level*>(levels), position};
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+            reinterpret_cast<const Level*>(levels), position};
 }
 
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                                              \
-    extern "C" void tree_attention_forward_##NAME(const int64_t* sizes, const int64_t* levels, const int32_t* pos,   \
+    extern "C" bool tree_attention_forward_##NAME(const int64_t* sizes, const int64_t* levels, const int32_t* pos,   \
                                                   const T* own, const T* nodes, double scale, T* out, T* lse) {      \
         const Shape s = make_shape(sizes, levels, pos);                                                              \
-        by_dim<T>(s.dim, [&](auto d) { forward<T, d()>(s, own, nodes, T(scale), out, lse); });                       \
+        return by_dim<T>(s.dim, [&](auto d) { return forward<T, d()>(s, own, nodes, T(scale), out, lse); });         \
     }                                                                                                                \
-    extern "C" void tree_attention_backward_##NAME(const int64_t* sizes, const int64_t* levels, const int32_t* pos,  \
+    extern "C" bool tree_attention_backward_##NAME(const int64_t* sizes, const int64_t* levels, const int32_t* pos,  \
                                                    const T* own, const T* nodes, double scale, const T* out,         \
                                                    const T* lse, const T* grad_out, const T* grad_lse, T* grad_own,  \
                                                    T* grad_nodes) {                                                  \
         const Shape s = make_shape(sizes, levels, pos);                                                              \
-        by_dim<T>(s.dim, [&](auto d) {                                                                               \
-            backward<T, d()>(s, own, nodes, T(scale), out, lse, grad_out, grad_lse, grad_own, grad_nodes);           \
+        return by_dim<T>(s.dim, [&](auto d) {                                                                        \
+            return backward<T, d()>(s, own, nodes, T(scale), out, lse, grad_out, grad_lse, grad_own, grad_nodes);    \
         });                                                                                                          \
     }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .levels import Level, flatten
+from .levels import Level, check_position, flatten, not_held
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -20,7 +20,7 @@ def forward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level
     own, nodes = own.contiguous(), nodes.contiguous()
     out = torch.empty_like(own[:, :, 0], memory_format=torch.contiguous_format)
     lse = own.new_empty(out.shape[:-1])
-    _call("forward", own, position, levels, arity, own, nodes, scale, out, lse)
+    _call("forward", own, nodes, position, levels, arity, own, nodes, scale, out, lse)
     return out, lse
 
 
@@ -28,23 +28,28 @@ def backward(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Leve
              out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
     own, nodes = own.contiguous(), nodes.contiguous()
     grad_own, grad_nodes = torch.empty_like(own), torch.zeros_like(nodes)
-    _call("backward", own, position, levels, arity, own, nodes, scale, out.contiguous(), lse.contiguous(),
+    _call("backward", own, nodes, position, levels, arity, own, nodes, scale, out.contiguous(), lse.contiguous(),
           grad_out.contiguous(), grad_lse.contiguous(), grad_own, grad_nodes)
     return grad_own, grad_nodes
 
 
-def _call(form: str, own: Tensor, position: Tensor, levels: Sequence[Level], arity: int, *arguments) -> None:
+def _call(form: str, own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level], arity: int,
+          *arguments) -> None:
     batch, time, _, heads, dim = own.shape
     if own.numel() == 0:
         return
-    sizes = [batch, time, heads, dim, len(levels), arity]
+    check_position(position)
+    sizes = [batch, time, heads, dim, len(levels), arity, len(nodes)]
     table = flatten(levels)
     position = position.to(torch.int32).contiguous()
     function = getattr(_native.library(_SOURCE), f"tree_attention_{form}_{str(own.dtype).removeprefix('torch.')}")
-    function(
+    function.restype = ctypes.c_bool
+    held = function(
         (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * len(table))(*table), _pointer(position),
         *(_pointer(a) if isinstance(a, Tensor) else ctypes.c_double(a) for a in arguments),
     )  # fmt: skip
+    if not held:
+        raise not_held(len(nodes))
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

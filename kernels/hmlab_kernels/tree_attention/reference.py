@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .levels import Level
+from .levels import Level, not_held
 
 
 def tree_attention(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequence[Level], arity: int,
@@ -19,6 +19,8 @@ def tree_attention(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequenc
         done = [0] * len(levels)
         for t, token in zip(position[b].tolist(), own[b], strict=True):
             query, key, value = token  # [heads, dim] each
+            if not 0 <= t < 2**31:
+                raise ValueError(f"position: expected 0 to 2^31 - 1, got {t}")
             if t == 0:  # padding reads nothing
                 outputs.append(torch.zeros_like(value))
                 sums.append(torch.full_like(value[:, 0], -torch.inf))
@@ -32,6 +34,8 @@ def tree_attention(own: Tensor, nodes: Tensor, position: Tensor, levels: Sequenc
                     node = level.carry - 1 + done[i]
                     for s in range(level.slots):
                         row = level.offset + b * level.batch + node * level.node + s * level.slot
+                        if node < 0 or row >= len(nodes):
+                            raise not_held(len(nodes))
                         queries.append(nodes[row, 0])
                         values.append(nodes[row, 1])
             score = (torch.stack(queries) * key).sum(-1) * scale  # [visible nodes, heads]
