@@ -114,9 +114,48 @@ def test_stages_are_served_by_eager_and_refused_elsewhere():
         ({"start": 4, "position": torch.zeros(2, 13, dtype=torch.int64)}, "start: expected at least 0, and 0 where"),
         ({"carried": torch.zeros(1, 1, 16)}, r"carried: expected \[2, nodes, 16\]"),
         ({"carried": torch.zeros(2, 2, 16)}, "carried: expected 1 nodes of each level"),
+        ({"leaves": torch.zeros(2, 13, 16, dtype=torch.int64)}, "leaves: expected one of .*, got torch.int64"),
+        ({"leaves": torch.zeros(2, 13, 16).to(torch.float8_e5m2)}, "leaves: expected one of .*, got torch.float8"),
+        ({"leaves": torch.zeros(2, 13, 0)}, "leaves: expected a dim of at least 1"),
+        ({"taps": torch.zeros(0, 2, 32, 16)}, "taps: expected"),
+        ({"position": torch.zeros(2, 13, dtype=torch.bool)}, "position: expected integers"),
+        ({"start": 2**62}, "start: expected at least 0"),
+        ({"levels": -1}, "levels: expected at least 0, .* got -1"),
+        ({"levels": 2.5}, "levels: expected a whole number, got 2.5"),
+        ({"levels": 70}, "levels: expected .* spans of less than 2.63 leaves, got 70 levels of arity 2"),
+        ({"levels": 70, "position": torch.ones(2, 13).long()}, "levels: expected .* got 70 levels of arity 2"),
         ({"impl": "fast"}, "impl: tree_build expected one of"),
     ],
 )
 def test_errors_name_the_argument(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**{name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in changes.items()})
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("levels", [-1, 63])
+def test_places_of_levels_that_cannot_be(levels):
+    with pytest.raises(ValueError, match="levels: expected at least 0, and spans of less than"):
+        tree_levels(1, 8, banks=1, levels=levels)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_as_many_levels_as_can_be(impl):
+    """Levels that no document completes hold no node, whatever the type of the positions."""
+    position = torch.arange(1, 14, device=DEVICE).expand(2, -1)
+    few = call(impl, position=position.int())
+    many = call(impl, position=position.int(), levels=62)
+    assert torch.equal(many[: len(few)], few)
+    assert len(many) == (last := tree_levels(2, 13, banks=2, levels=62, ragged=True)[-1]).offset + last.slots * 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA nothing waits for what positions say")
+@pytest.mark.unchecked
+@pytest.mark.parametrize("impl", FORMS)
+def test_positions_that_no_document_has(impl):
+    """More nodes of level 1 than there is room for, and of level 2 some that would have them as children."""
+    position = torch.tensor([[2] * 9 + [4] * 4] * 2)
+    with pytest.raises(ValueError, match="position: expected at most 7 nodes of level 1 in 13 tokens"):
+        call(impl, position=position)
+    with pytest.raises(ValueError, match=r"position: expected 0 to 2\^31 - 1, got -1"):
+        call(impl, position=torch.arange(-1, 12).expand(2, -1))

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _dispatch
-from ..tree_attention.levels import Level
+from .._packing import check_integers, check_same_device
+from ..tree_attention.levels import FLOATS, INTEGERS, Level
 from . import eager, native, plan, reference
 from .plan import depth
 
@@ -51,7 +52,8 @@ def tree_build(
     taps: width kernel·dim (child-major) where a bank reads itself, banks·kernel·dim (bank-major) where each reads all.
     kernel: children that a node sees, arity if None. levels: as many as can be complete by the call's length, if None.
     start: leaves before this call, in all rows alike. position: 1-based position of each leaf in its document, 0 at
-    padding, where rows differ; places that no node fills then hold the summary of zeros. carried: the last kernel − 1
+    padding, where rows differ; places that no node fills then hold the summary of zeros. On the CPU positions that
+    complete more nodes than rising ones do are an error; on CUDA those nodes are left out. carried: the last kernel − 1
     nodes of earlier calls, level by level from the leaves on, oldest first, slot by slot; levels that it lacks, or
     None, count as zeros. impl: one of `IMPLEMENTATIONS`; None takes the device's default.
     Sums run in float32 or better; every implementation is deterministic. Raises ValueError by argument.
@@ -59,6 +61,7 @@ def tree_build(
     kernel = arity if kernel is None else kernel
     _check(leaves, taps, bias, deeper, norm, arity, kernel, start, position, carried)
     levels = depth(start + leaves.shape[1], arity) if levels is None else levels
+    _check_levels(levels, arity)
     staged = deeper is not None or norm is not None
     if staged and impl in IMPLEMENTATIONS and impl not in STAGED:
         raise ValueError(f"impl: tree_build with deeper or norm expected one of {list(STAGED)}, got {impl!r}")
@@ -78,8 +81,16 @@ def tree_levels(batch: int, time: int, *, banks: int, expansion: int = 0, arity:
     """Where `tree_build` puts each level. ragged: it is given positions; carried: it is given nodes."""
     kernel = arity if kernel is None else kernel
     levels = depth(start + time, arity) if levels is None else levels
+    _check_levels(levels, arity)
     carry = plan.carry_of(arity, kernel, start, carried, ragged)
     return plan.Plan(batch, time, 0, banks, expansion, arity, kernel, start, levels, carry, ragged).levels()
+
+
+def _check_levels(levels: int, arity: int) -> None:
+    check_integers(levels=levels)
+    if levels < 0 or arity**levels >= 2**63:
+        raise ValueError(f"levels: expected at least 0, and spans of less than 2^63 leaves, got {levels} levels of "
+                         f"arity {arity}")  # fmt: skip
 
 
 def _check(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: Tensor | None, norm: Tensor | None, arity: int,
@@ -87,11 +98,17 @@ def _check(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: Tensor | None, no
     if leaves.ndim != 3:
         raise ValueError(f"leaves: expected [batch, time, dim], got {list(leaves.shape)}")
     batch, time, dim = leaves.shape
+    check_integers(arity=arity, kernel=kernel, start=start)
+    if leaves.dtype not in FLOATS:
+        raise ValueError(f"leaves: expected one of {list(FLOATS)}, got {leaves.dtype}")
+    if dim == 0:
+        raise ValueError("leaves: expected a dim of at least 1, got 0")
     if arity < 2:
         raise ValueError(f"arity: expected at least 2, got {arity}")
     if kernel < arity:
         raise ValueError(f"kernel: expected at least arity ({arity}), got {kernel}")
-    if taps.ndim != 4 or taps.shape[3] != dim or taps.shape[2] not in (kernel * dim, taps.shape[1] * kernel * dim):
+    widths = (kernel * dim, taps.shape[1] * kernel * dim) if taps.ndim == 4 else ()
+    if taps.ndim != 4 or 0 in taps.shape or taps.shape[3] != dim or taps.shape[2] not in widths:
         raise ValueError(f"taps: expected [taps, banks, {kernel * dim} or banks times that, {dim}], "
                          f"got {list(taps.shape)}")  # fmt: skip
     banks = taps.shape[1]
@@ -105,9 +122,10 @@ def _check(leaves: Tensor, taps: Tensor, bias: Tensor, deeper: Tensor | None, no
     for name, given in weights.items():
         if given is not None and given.dtype != leaves.dtype:
             raise ValueError(f"{name}: expected leaves' dtype {leaves.dtype}, got {given.dtype}")
-    if position is not None and position.is_floating_point():
-        raise ValueError(f"position: expected integers, got {position.dtype}")
-    if start < 0 or (start and position is not None):
+    if position is not None and position.dtype not in INTEGERS:
+        raise ValueError(f"position: expected integers, one of {list(INTEGERS)}, got {position.dtype}")
+    check_same_device(leaves, position=position, **weights)
+    if start < 0 or start >= 2**62 or (start and position is not None):
         raise ValueError(f"start: expected at least 0, and 0 where position is given, got {start}")
     if carried is not None:
         if carried.ndim != 3 or carried.shape[0] != batch or carried.shape[2] != dim:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..tree_attention.levels import Level, completed
+from ..tree_attention.levels import Level, check_position, completed
 
 
 def depth(position: int, arity: int) -> int:
@@ -103,6 +103,10 @@ class Plan(NamedTuple):
                     held.copy_(table[:, :, : self.carry])
         return grad_first[:, self.carry :].contiguous(), grad_carried
 
+    def crowded(self, level: int) -> ValueError:
+        return ValueError(f"position: expected at most {self.new(level)} nodes of level {level} in {self.time} tokens, "
+                          "as positions that rise by one complete; got more")  # fmt: skip
+
     def _carried(self, carried: Tensor | None) -> list[Tensor | None]:
         """Level by level the nodes of earlier calls, `[slots, batch, carry, dim]`; None where there are none."""
         held, at = [], 0
@@ -119,14 +123,19 @@ class Plan(NamedTuple):
     def children(self, position: Int[Tensor, "batch time"]) -> list[Int[Tensor, "batch new kernel"]]:
         """Per level, where rows differ, the places of each new node's children in the table below; −1: there is none.
 
-        Looks up when each node was completed, and which nodes below were the youngest then."""
+        Looks up when each node was completed, and which nodes below were the youngest then. On the CPU positions that
+        complete more nodes than there is room for are an error; elsewhere those nodes are left out."""
         if self.time == 0:
             return [position.new_zeros(self.batch, 0, self.kernel, dtype=torch.int64) for _ in range(self.depth)]
+        check_position(position)
+        position = position.long()
         age = torch.arange(self.kernel - 1, -1, -1, device=position.device)
         below, found = completed(position, 1), []
         for level in range(1, self.depth + 1):
             span = self.arity**level
             done = completed(position, span)
+            if position.device.type == "cpu" and (done[:, -1:] > self.new(level)).any():
+                raise self.crowded(level)
             number = torch.arange(1, self.new(level) + 1, device=position.device).expand(self.batch, -1).contiguous()
             when = torch.searchsorted(done, number).clamp(max=self.time - 1)
             youngest = self.carry - 1 + below.gather(1, when)
@@ -136,6 +145,7 @@ class Plan(NamedTuple):
                 leaf = torch.searchsorted(below, (index - self.carry + 1).flatten(1)).view_as(index)
                 index = torch.where(index < self.carry, index, self.carry + leaf.clamp(max=self.time - 1))
             exists = (number <= done[:, -1:])[..., None] & (age < known[..., None]) & (index >= 0)
+            exists &= index < self.carry + self.new(level - 1)
             found.append(torch.where(exists, index, -1))
             below = done
         return found

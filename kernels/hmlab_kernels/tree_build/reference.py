@@ -41,6 +41,8 @@ def _row(leaves: Tensor, carried: Tensor | None, position: list[int], weights: t
                 at += plan.slots(level)
     tables = [list(nodes[len(nodes) - plan.carry :]) for nodes in recent[1:]]
     for leaf, t in zip(leaves, position, strict=True):
+        if not 0 <= t < 2**31:
+            raise ValueError(f"position: expected 0 to 2^31 - 1, got {t}")
         if t == 0:  # padding holds no place
             continue
         if t == 1:
@@ -52,6 +54,8 @@ def _row(leaves: Tensor, carried: Tensor | None, position: list[int], weights: t
             recent[level].append(_summarise(recent[level - 1][-plan.kernel :], weights, plan))
             tables[level - 1].append(recent[level][-1])
     for level, table in enumerate(tables, 1):  # places that no node fills hold the summary of nothing
+        if len(table) > plan.carry + plan.new(level):
+            raise plan.crowded(level)
         while len(table) < plan.carry + plan.new(level):
             table.append(_summarise([nothing[level - 1]] * plan.kernel, weights, plan))
     return tables
