@@ -178,3 +178,9 @@ def test_what_is_wrong_is_named(changed, message):
     right = {"x": torch.zeros(1, 3, 2, 4), "weight": torch.zeros(2, 1, 5, 4)}
     with pytest.raises(ValueError, match=message):
         hash_codes(**right | changed)
+
+
+@pytest.mark.unchecked
+def test_margins_are_of_floats():
+    with pytest.raises(ValueError, match="x: expected floats, got torch.int64"):
+        margins(torch.zeros(1, 3, 2, 4, dtype=torch.int64), torch.zeros(2, 1, 5, 4))

@@ -5,8 +5,9 @@
 
 m = count of the segment and head. Slots of a smaller m use the first of the same queries, so a ratio is changed by
 recomputing a prefix, which loses no mass. m = segment is the identity: slot j is token j, with mass 1. m = 0 keeps
-nothing. A slot j ≥ m is zero throughout, and so are the gradients through it, whatever the segment holds. A / mass is a softmax over the tokens of log A, and is computed as one: the
-means of a slot that nobody wants stay defined when its mass underflows to 0.
+nothing. A slot j ≥ m is zero throughout, and so are the gradients through it, whatever the segment holds. A / mass is a
+softmax over the tokens of log A, and is computed as one: the means of a slot that nobody wants stay defined when its
+mass underflows to 0.
 """
 
 from __future__ import annotations

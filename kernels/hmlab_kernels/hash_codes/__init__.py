@@ -88,8 +88,11 @@ def margins(x: Float[Tensor, "batch time heads dim"], weight: Float[Tensor, "hea
             ) -> Float[Tensor, "batch time heads tables bits"]:
     """|w · x̂ − threshold|: how far each bit of a code is from the other side, or each coordinate from zero.
 
-    Plain differentiable PyTorch in at least float32; it holds what `hash_codes` never writes.
+    Plain differentiable PyTorch in at least float32; it holds what `hash_codes` never writes. Raises ValueError for an
+    x of integers.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected floats, got {x.dtype}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype).expand(x.shape[2], -1, -1, -1)
     if normalise:
