@@ -14,7 +14,7 @@ EMPTY = tl.constexpr(-(2**63))
 
 @triton.jit
 def pack(score, place):
-    """float32 scores and int32 places, not negative, as int64 in the order of rank; EMPTY for a score of -inf or NaN."""
+    """float32 scores and int32 places, not negative, as int64 in the order of rank; EMPTY where it is -inf or NaN."""
     bits = score.to(tl.int32, bitcast=True)
     rising = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # negative floats count downwards
     packed = (rising << 32) | (0x7FFFFFFF - place).to(tl.int64)
