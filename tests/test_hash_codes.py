@@ -182,5 +182,5 @@ def test_what_is_wrong_is_named(changed, message):
 
 @pytest.mark.unchecked
 def test_margins_are_of_floats():
-    with pytest.raises(ValueError, match="x: expected floats, got torch.int64"):
+    with pytest.raises(ValueError, match=r"x: expected floats, got torch.int64"):
         margins(torch.zeros(1, 3, 2, 4, dtype=torch.int64), torch.zeros(2, 1, 5, 4))
