@@ -221,18 +221,18 @@ def bench(measured: xr.Dataset, *, title: str = "Time beside the floor", theme: 
         figure.add_bar(x=cases, y=of["median"].values, error_y={"type": "data", **error}, name=str(candidate),
                        marker_color=COLOURS[number % len(COLOURS)])  # fmt: skip
     mark = {"symbol": "line-ew-open", "size": 26, "color": COLOURS[6], "line": {"width": 2}}
-    figure.add_scatter(x=cases, y=measured["floor"].values, mode="markers", name="floor", marker=mark)
+    figure.add_scatter(x=cases, y=_of_case(measured, "floor"), mode="markers", name="floor", marker=mark)
     figure.update_layout(title=title, yaxis_title=axis_title(measured["median"]), barmode="group")
     figure.update_yaxes(type="log")
-    return themed(figure, theme)
+    return _legend_outside(themed(figure, theme))
 
 
 def scaling(measured: xr.Dataset, *, title: str = "Time over length", theme: str = "light") -> go.Figure:
     """Median time of each candidate over the length, with quartiles, and the floor. measured: `hmlab bench`, the cases
     of one operator that differ in length."""
     figure = go.Figure()
-    measured = measured.sortby("length")
-    length = measured["length"].values
+    measured = measured.isel(case=np.argsort(_of_case(measured, "length")))
+    length = _of_case(measured, "length")
     for number, candidate in enumerate(measured["candidate"].values):
         of = measured.sel(candidate=candidate)
         if not np.isfinite(of["median"]).any():
@@ -241,7 +241,7 @@ def scaling(measured: xr.Dataset, *, title: str = "Time over length", theme: str
         figure.add_scatter(x=length, y=of["median"].values, error_y={"type": "data", **error}, name=str(candidate),
                            line={"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]},
                            mode="lines+markers")  # fmt: skip
-    figure.add_scatter(x=length, y=measured["floor"].values, name="floor", mode="lines",
+    figure.add_scatter(x=length, y=_of_case(measured, "floor"), name="floor", mode="lines",
                        line={"color": COLOURS[6], "width": 1})  # fmt: skip
     figure.update_layout(title=title, xaxis_title="length [tokens]", yaxis_title=axis_title(measured["median"]),
                          legend={"x": 0.02, "xanchor": "left"})  # fmt: skip
@@ -256,13 +256,14 @@ def roofline(measured: xr.Dataset, *, title: str = "Roofline", theme: str = "lig
     figure = go.Figure()
     bandwidth = measured.attrs["copy_bandwidth_bytes_per_s"]
     rates = {k.removeprefix("matmul_flop_per_s_"): v for k, v in measured.attrs.items() if k.startswith("matmul_")}
-    intensity = (measured["flops"] / measured["bytes"]).values
+    flops = _of_case(measured, "flops")
+    intensity = flops / _of_case(measured, "bytes")
     low, high = float(intensity.min()) / 4, max(float(intensity.max()), max(rates.values()) / bandwidth) * 4
     for number, (dtype, rate) in enumerate(rates.items()):
         figure.add_scatter(x=[low, rate / bandwidth, high], y=[low * bandwidth, rate, rate], mode="lines",
                            name=f"roof, {dtype}", line={"color": COLOURS[6], "dash": DASHES[number]})  # fmt: skip
     for number, candidate in enumerate(measured["candidate"].values):
-        reached = (measured["flops"] / measured["median"].sel(candidate=candidate)).values
+        reached = flops / measured["median"].sel(candidate=candidate).values
         if np.isfinite(reached).any():
             figure.add_scatter(x=intensity, y=reached, mode="markers", name=str(candidate),
                                text=measured["case"].values,
@@ -271,7 +272,18 @@ def roofline(measured: xr.Dataset, *, title: str = "Roofline", theme: str = "lig
     figure.update_layout(title=title, xaxis_title="flops of a case per byte it must move", yaxis_title="flop/s")
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log", exponentformat="SI")
-    return themed(figure, theme)
+    return _legend_outside(themed(figure, theme))
+
+
+def _of_case(measured: xr.Dataset, name: str) -> np.ndarray:
+    """What belongs to a case; a table on disk repeats it for every candidate."""
+    values = measured[name]
+    return (values.max("candidate") if "candidate" in values.dims else values).values
+
+
+def _legend_outside(figure: go.Figure) -> go.Figure:
+    """Where marks may lie anywhere, beside the axes."""
+    return figure.update_layout(legend={"x": 1.02, "xanchor": "left"})
 
 
 def axis_title(array: xr.DataArray) -> str:

@@ -61,6 +61,17 @@ def test_without_a_meter_energy_is_unknown_and_with_one_it_is_per_call():
     assert 0 < _machine.joules(lambda: time.sleep(0.01), "cpu", lambda: float(next(used)), least=0.05) <= 1
 
 
+def test_pictures_are_the_same_from_a_table_that_was_kept(measured, tmp_path):
+    from hmlab import results
+
+    results.save("kept", measured.drop_vars("seconds"), {"device": "this one", **measured.attrs}, folder=tmp_path)
+    kept = results._read(tmp_path, "kept").assign_attrs(measured.attrs)
+    for draw in (plots.bench, plots.scaling, plots.roofline):
+        lines = {trace.name: trace for trace in draw(kept).data}
+        for trace in draw(measured).data:
+            np.testing.assert_allclose(np.sort(lines[trace.name].y), np.sort(trace.y), rtol=1e-6)
+
+
 def test_pictures_show_what_was_measured(measured):
     lines = {trace.name: trace for trace in plots.scaling(measured).data}
     assert set(lines) == {"ours", "theirs", "floor"}
