@@ -102,6 +102,17 @@ def test_strides_beyond_32_bits_are_followed(op, impl):
         torch.testing.assert_close(got[output], value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.unchecked
+@pytest.mark.parametrize("op", hmlab_kernels.OPS)
+def test_a_tensor_that_lies_elsewhere_is_refused(op):
+    """A C++ or Triton form would read whatever lies at a foreign address."""
+    inputs = _largest(op).make(parity.Draw(torch.float32, DEVICE))
+    tensors = [n for n, x in inputs.items() if isinstance(x, torch.Tensor) and not n.startswith("cu_")]
+    for name in tensors[1:]:
+        with pytest.raises(ValueError, match=f"{name}: expected .* on {DEVICE}"):
+            hmlab_kernels.OPS[op](**inputs | {name: inputs[name].to("meta")})
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="op: expected one of"):
         hmlab_kernels.diverge("no_such_operator", "x", "eager", "reference")

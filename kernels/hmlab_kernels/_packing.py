@@ -37,20 +37,6 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, batch: int) -> None:
         raise ValueError(f"{name}: expected a batch of 1 with packed sequences, got a batch of {batch}")
 
 
-def check_same_device(first: Tensor, **others: Tensor | None) -> None:
-    """Raises ValueError naming the argument that lies elsewhere: a C++ or Triton form would read a foreign address."""
-    for name, x in others.items():
-        if x is not None and x.device != first.device:
-            raise ValueError(f"{name}: expected a tensor on {first.device}, got one on {x.device}")
-
-
-def check_integers(**sizes: int) -> None:
-    """Raises ValueError naming the argument that is no whole number."""
-    for name, value in sizes.items():
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise ValueError(f"{name}: expected a whole number, got {value!r}")
-
-
 def sequences(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device, *,
               name: str = "cu_seqlens") -> Sequences:
     """Where the sequences of a batch lie once its first two axes are one. Reads `cu_seqlens` back to the host.

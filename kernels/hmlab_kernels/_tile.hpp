@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 namespace tile {
 
@@ -40,6 +41,13 @@ template <typename T>
 constexpr int kVector = kBytes / sizeof(T);
 template <typename T>
 constexpr int kLanes = 2 * kVector<T>;
+
+// Where a register's width of memory begins in a buffer that has kAlign numbers to spare.
+constexpr int kAlign = 32;
+template <typename T>
+T* aligned(std::vector<T>& memory) {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+}
 
 template <typename T>
 inline V<T>& at(T* x) {

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch
 from . import eager, reference
 from .table import Buckets, buckets
 
@@ -61,7 +61,7 @@ def bucket_lookup(
     """
     _check(q, codes, k, buckets.keys, bias, available, cu_seqlens, cu_slots)
     tables, probes = codes.shape[3:]
-    _packing.check_integers(picks=picks, candidates=candidates)
+    _checks.check_integers(picks=picks, candidates=candidates)
     if picks < 1:
         raise ValueError(f"picks: expected at least 1, got {picks}")
     if candidates < tables * probes:
@@ -77,35 +77,19 @@ def bucket_lookup(
 
 def _check(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
            cu_seqlens: Tensor | None, cu_slots: Tensor | None) -> None:
-    if q.ndim != 4 or not q.is_floating_point():
-        raise ValueError(f"q: expected floats [batch, time, heads, dim], got {q.dtype} {list(q.shape)}")
-    batch, _, heads, dim = q.shape
-    if heads < 1 or dim < 1:
-        raise ValueError(f"q: expected at least 1 head of at least 1 dim, got {list(q.shape)}")
+    _checks.check_queries_and_slots(q, k, bias, cu_seqlens, cu_slots)
     if codes.ndim != 5 or codes.shape[:3] != q.shape[:3] or codes.dtype != torch.int32 or 0 in codes.shape[3:]:
         raise ValueError(
             f"codes: expected int32 {[*q.shape[:3]]} + [tables, probes], got {codes.dtype} {list(codes.shape)}"
         )
-    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(f"k: expected [{batch}, slots, kv_heads, {dim}], got {list(k.shape)}")
-    if k.shape[2] < 1 or heads % k.shape[2]:
-        raise ValueError(f"k: expected kv heads that divide {heads} heads, got {k.shape[2]}")
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
-    shape = [batch, k.shape[2], codes.shape[3], k.shape[1]]
+    shape = [q.shape[0], k.shape[2], codes.shape[3], k.shape[1]]
     if list(keys.shape) != shape or keys.dtype != torch.int64:
         raise ValueError(f"buckets: expected int64 keys {shape}, got {keys.dtype} {list(keys.shape)}")
-    if bias is not None and (bias.shape != k.shape[:3] or not bias.is_floating_point()):
-        raise ValueError(f"bias: expected floats {list(k.shape[:3])}, got {bias.dtype} {list(bias.shape)}")
     if available is not None and (available.shape != q.shape[:2] or available.is_floating_point()):
         raise ValueError(
             f"available: expected integers {list(q.shape[:2])}, got {available.dtype} {list(available.shape)}"
         )
-    _packing.check_cu_seqlens("cu_seqlens", cu_seqlens, batch)
-    _packing.check_cu_seqlens("cu_slots", cu_slots, batch)
-    if (cu_seqlens is None) != (cu_slots is None) or (cu_slots is not None and cu_slots.shape != cu_seqlens.shape):
-        got = ["None" if cu is None else list(cu.shape) for cu in (cu_seqlens, cu_slots)]
-        raise ValueError(f"cu_slots: expected one bound for each of cu_seqlens, got shapes {got[1]} and {got[0]}")
+    _checks.check_same_device(q, codes=codes, buckets=keys, available=available)
 
 
 @torch.library.custom_op("hmlab::bucket_lookup", mutates_args=())

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch, _packing
 from . import eager, reference
 
 __all__ = ["IMPLEMENTATIONS", "Slots", "compress_segments"]
@@ -68,7 +68,7 @@ def compress_segments(
         raise ValueError(f"k: expected at least 1 kv head of at least 1 dim, got {list(k.shape)}")
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v: expected {k.dtype} {list(k.shape)} as k is, got {v.dtype} {list(v.shape)}")
-    _packing.check_integers(segment=segment)
+    _checks.check_integers(segment=segment)
     if not 1 <= segment <= MOST_TOKENS:
         raise ValueError(f"segment: expected 1 to {MOST_TOKENS}, got {segment}")
     if queries.ndim != 3 or queries.shape[0] != heads or queries.shape[2] != dim:
@@ -77,6 +77,7 @@ def compress_segments(
         raise ValueError(f"queries: expected 1 to {segment} for a segment of {segment}, got {queries.shape[1]}")
     if queries.dtype != k.dtype:
         raise ValueError(f"queries: expected k's dtype {k.dtype}, got {queries.dtype}")
+    _checks.check_same_device(k, v=v, queries=queries, count=count)
     _packing.check_cu_seqlens("cu_seqlens", cu_seqlens, batch)
     if count.is_floating_point() or count.dtype == torch.bool:
         raise ValueError(f"count: expected integers, got {count.dtype}")

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch
 from . import eager, reference
 
 __all__ = ["IMPLEMENTATIONS", "hash_codes", "margins"]
@@ -64,7 +64,8 @@ def hash_codes(
         raise ValueError(
             f"weight: {family} expected at least 1 table of 1 to {_MOST_BITS[family]} bits, got {tables} of {bits}"
         )
-    _packing.check_integers(probes=probes)
+    _checks.check_integers(probes=probes)
+    _checks.check_same_device(x, weight=weight, threshold=threshold)
     most = bits + (family == "hyperplane")
     if not 1 <= probes <= most:
         raise ValueError(f"probes: {family} with {bits} bits expected 1 to {most}, got {probes}")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch, _packing
 from . import eager, native, reference
 from ._merge import merge
 
@@ -93,8 +93,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
             f"index: expected groups that divide the {heads} heads and are a multiple of the {kv_heads} kv heads, "
             f"got {groups}"
         )
-    _packing.check_integers(query_block=query_block, slot_block=slot_block)
-    _packing.check_same_device(q, k=k, v=v, index=index, bias=bias, visible=visible, start=start)
+    _checks.check_integers(query_block=query_block, slot_block=slot_block)
+    _checks.check_same_device(q, k=k, v=v, index=index, bias=bias, visible=visible, start=start)
     for name, length in (("query_block", query_block), ("slot_block", slot_block)):
         if length < 1:
             raise ValueError(f"{name}: expected at least 1, got {length}")
@@ -120,6 +120,8 @@ def _check(q, k, v, index, bias, visible, query_block, slot_block, start, cu_seq
             raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
     if joined is not None:
         out, lse = joined
+        for part in joined:
+            _checks.check_same_device(q, joined=part)
         if out.shape != q.shape:
             raise ValueError(f"joined: expected out of q's shape {list(q.shape)}, got {list(out.shape)}")
         if lse.shape != q.shape[:3]:

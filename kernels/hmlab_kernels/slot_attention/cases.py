@@ -141,15 +141,16 @@ def tiles(inputs: dict) -> dict[str, tuple[int, ...]]:
 
 
 def benchmarks(device: str) -> list[bench.Case]:
-    """128 slots of 16 tokens each per 64 queries, alone and joined to a window of 128, beside causal attention."""
+    """128 slots of 16 tokens each per 64 queries, alone and joined to a window of 128, beside causal attention; with
+    the choice of slots counted, where it is exact and so quadratic; and one query, as in decoding."""
     if device == "cuda":
         impls, heads, dim, dtype = ("fused", "eager"), 16, 128, torch.bfloat16
         alone = {"forward": (16384, 65536, 524288, 1048576), "forward and backward": (16384, 65536, 524288)}
-        joined = {"forward": (16384, 524288, 1048576), "forward and backward": (16384, 524288)}
+        joined = {"forward": (1024, 4096, 16384, 524288, 1048576), "forward and backward": (16384, 524288)}
     else:
         impls, heads, dim, dtype = ("native", "eager"), 4, 64, torch.float32
         alone = {"forward": (16384, 65536, 524288), "forward and backward": (16384,)}
-        joined = {"forward": (16384, 524288)}
+        joined = {"forward": (1024, 4096, 16384, 524288)}
 
     @functools.lru_cache(maxsize=1)  # one length's tensors at a time, made when its first case runs
     def tensors(time: int) -> dict[str, Tensor]:
@@ -173,7 +174,9 @@ def benchmarks(device: str) -> list[bench.Case]:
         window = op == "window + slots"
         runs = {impl: timed(functools.partial(_read, window=window, impl=impl), what, time) for impl in impls}
         if (window or time == _SHORT) and (device == "cuda" or what == "forward"):
-            runs[f"sdpa, {_SHORT} tokens"] = timed(_whole_past, what, time)
+            runs["sdpa" if time <= _SHORT else f"sdpa, {_SHORT} tokens"] = timed(_whole_past, what, time)
+        if window and what == "forward" and time <= _SHORT:
+            runs["slots chosen too"] = timed(functools.partial(_read, window=True, impl=None, choose=True), what, time)
         # q, out, and k and v of the slots; k and v of the window, and its out once.
         numbers = (2 + 2 / 16 + (3 if window else 0)) * time * heads * dim
         flops = 4 * time * heads * dim * (256 if window else 128)
@@ -184,12 +187,19 @@ def benchmarks(device: str) -> list[bench.Case]:
             dtype=str(dtype).removeprefix("torch."),
         )  # fmt: skip
 
+    def decoding(context: int) -> bench.Case:
+        runs = {impl: timed(functools.partial(_decode, impl=impl), "forward", context) for impl in impls}
+        runs[f"sdpa, cache of {_SHORT}"] = timed(_decode_with_cache, "forward", context)
+        keys = 256 * heads * dim
+        return bench.Case(f"decoding, a token after {context}", runs, bytes=2 * keys * dtype.itemsize, flops=4 * keys,
+                          op="decoding", length=context, tokens=1, dtype=str(dtype).removeprefix("torch."))  # fmt: skip
+
     return [
         case(op, what, time)
         for op, times in (("slots", alone), ("window + slots", joined))
         for what in times
         for time in times[what]
-    ]
+    ] + [decoding(524288)]
 
 
 _SHORT = 16384  # where causal attention over the whole past is what one would use
@@ -203,14 +213,33 @@ def _past_blocks(time: int, groups: int, device: str) -> Tensor:
     return torch.where(past >= 8, spread.int(), torch.where(pick < past, pick, -1)).int()[None]
 
 
-def _read(made: dict[str, Tensor], *, window: bool, impl: str) -> Tensor:
-    joined = None
+def _read(made: dict[str, Tensor], *, window: bool, impl: str | None, choose: bool = False) -> Tensor:
+    joined, index = None, made["index"]
+    if choose:
+        from ..topk_blocks import topk_blocks
+
+        since = 16 * torch.arange(1, made["k"].shape[1] + 1, device=index.device)[None] + 128
+        index, _ = topk_blocks(made["q"], made["k"], picks=8, visible=since, query_block=64, slot_block=16)
     if window:
         from ..window_attention import window_attention
 
         joined = window_attention(made["q"], made["window k"], made["window v"], window=128, impl=impl)
-    return slot_attention(made["q"], made["k"], made["v"], made["index"], query_block=64, slot_block=16,
+    return slot_attention(made["q"], made["k"], made["v"], index, query_block=64, slot_block=16,
                           joined=joined, impl=impl)[0]  # fmt: skip
+
+
+def _decode(made: dict[str, Tensor], *, impl: str) -> Tensor:
+    """The last token alone: its window of 128, and the slots of its set."""
+    from ..window_attention import window_attention
+
+    q = made["q"][:, -1:]
+    near = window_attention(q, made["window k"][:, -128:], made["window v"][:, -128:], window=128, impl=impl)
+    return slot_attention(q, made["k"], made["v"], made["index"][:, -1:], slot_block=16, joined=near, impl=impl)[0]
+
+
+def _decode_with_cache(made: dict[str, Tensor]) -> Tensor:
+    q, k, v = (made[name].transpose(1, 2) for name in ("q", "window k", "window v"))
+    return scaled_dot_product_attention(q[:, :, -1:], k[:, :, -_SHORT:], v[:, :, -_SHORT:])
 
 
 def _whole_past(made: dict[str, Tensor]) -> Tensor:

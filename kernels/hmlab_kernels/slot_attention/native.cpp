@@ -1,7 +1,5 @@
 // Slot attention on the CPU: the queries and heads that share a set lie in the lanes of a tile, its slots are the rows.
 // Sets shared by few would leave most lanes empty: they go row by row, with the head's dim in the registers.
-#include <vector>
-
 #include "_tile.hpp"
 
 namespace {
@@ -74,11 +72,6 @@ struct Inputs {
     }
 };
 
-template <typename T>
-T* aligned(std::vector<T>& memory) {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
-}
-
 // joined_out, joined_lse: another attention's result, which the softmax begins from; or null.
 template <typename T>
 void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* joined_lse, T* out, T* lse) {
@@ -88,7 +81,7 @@ void forward(const Shape& s, const Inputs<T>& in, const T* joined_out, const T* 
     const int64_t D = s.dim, shared = s.shared();
 #pragma omp parallel
     {
-        std::vector<T> memory(2 * D * L + 32);
+        std::vector<T> memory(2 * D * L + kAlign);
         T *qt = aligned(memory), *sums = qt + D * L;
         alignas(64) T top[L], total[L];
         Scratch<T> scratch;
@@ -173,7 +166,7 @@ template <typename T>
 void queries_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of, const std::vector<Set>& sets) {
     constexpr int L = kLanes<T>;
     const int64_t D = s.dim, shared = s.shared();
-    std::vector<T> memory(3 * D * L + 32);
+    std::vector<T> memory(3 * D * L + kAlign);
     T *xt = aligned(memory), *yt = xt + D * L, *dx = yt + D * L;
     alignas(64) T lane_lse[L], lane_delta[L];
     Scratch<T> w;
@@ -255,7 +248,7 @@ void slots_gradient(const Shape& s, const Inputs<T>& in, const Gradients<T>& of,
     for (const Set& set : sets) most = std::max(most, set.number + 1);
     std::vector<const Set*> numbered(most, nullptr);
     for (const Set& set : sets) numbered[set.number] = &set;
-    std::vector<T> memory(4 * D * L + 32), zero(D, T(0));
+    std::vector<T> memory(4 * D * L + kAlign), zero(D, T(0));
     T *xt = aligned(memory), *yt = xt + D * L, *dx = yt + D * L, *dy = dx + D * L;
     alignas(64) T lane_bias[L], lane_dbias[L];
     Scratch<T> w;

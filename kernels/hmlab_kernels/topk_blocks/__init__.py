@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch
 from . import eager, reference, sets
 
 __all__ = ["IMPLEMENTATIONS", "OUTPUTS", "topk_blocks"]
@@ -58,7 +58,7 @@ def topk_blocks(
     groups = heads if groups is None else groups
     if groups < 1 or heads % groups or groups % kv_heads:
         raise ValueError(f"groups: expected a divisor of {heads} heads, multiple of {kv_heads} kv heads, got {groups}")
-    _packing.check_integers(picks=picks, query_block=query_block, slot_block=slot_block)
+    _checks.check_integers(picks=picks, query_block=query_block, slot_block=slot_block)
     for name, value in (("picks", picks), ("query_block", query_block), ("slot_block", slot_block)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -73,26 +73,10 @@ def topk_blocks(
 
 def _check(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
            cu_slots: Tensor | None) -> None:
-    if q.ndim != 4 or not q.is_floating_point():
-        raise ValueError(f"q: expected floats [batch, time, heads, dim], got {q.dtype} {list(q.shape)}")
-    batch, _, heads, dim = q.shape
-    if heads < 1 or dim < 1:
-        raise ValueError(f"q: expected at least 1 head of at least 1 dim, got {list(q.shape)}")
-    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(f"k: expected [{batch}, slots, kv_heads, {dim}], got {list(k.shape)}")
-    if k.shape[2] < 1 or heads % k.shape[2]:
-        raise ValueError(f"k: expected kv heads that divide {heads} heads, got {k.shape[2]}")
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
-    if bias is not None and (bias.shape != k.shape[:3] or not bias.is_floating_point()):
-        raise ValueError(f"bias: expected floats {list(k.shape[:3])}, got {bias.dtype} {list(bias.shape)}")
+    _checks.check_queries_and_slots(q, k, bias, cu_seqlens, cu_slots)
     if visible is not None and (visible.shape != k.shape[:2] or visible.is_floating_point()):
         raise ValueError(f"visible: expected integers {list(k.shape[:2])}, got {visible.dtype} {list(visible.shape)}")
-    _packing.check_cu_seqlens("cu_seqlens", cu_seqlens, batch)
-    _packing.check_cu_seqlens("cu_slots", cu_slots, batch)
-    if (cu_seqlens is None) != (cu_slots is None) or (cu_slots is not None and cu_slots.shape != cu_seqlens.shape):
-        got = ["None" if cu is None else list(cu.shape) for cu in (cu_seqlens, cu_slots)]
-        raise ValueError(f"cu_slots: expected one bound for each of cu_seqlens, got shapes {got[1]} and {got[0]}")
+    _checks.check_same_device(q, visible=visible)
 
 
 @torch.library.custom_op("hmlab::topk_blocks", mutates_args=())

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _dispatch
-from .._packing import check_integers, check_same_device
+from .._checks import check_integers, check_same_device
 from . import eager, native, reference
 from .levels import FLOATS, INTEGERS, Level, check_levels, flatten, unflatten
 from .step import STEP_IMPLEMENTATIONS, tree_attention_step

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _dispatch
-from .._packing import check_integers, check_same_device
+from .._checks import check_integers, check_same_device
 from ..tree_attention.levels import FLOATS, INTEGERS, Level
 from . import eager, native, plan, reference
 from .plan import depth

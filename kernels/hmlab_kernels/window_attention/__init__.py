@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _dispatch, _packing
+from .. import _checks, _dispatch, _packing
 from . import reference
 from .layout import Layout
 
@@ -58,8 +58,8 @@ def window_attention(
     ValueError by argument.
     """
     _check_tensors(q, k, v)
-    _packing.check_integers(window=window, sinks=sinks, segment=segment)
-    _packing.check_same_device(q, k=k, v=v, start=start)
+    _checks.check_integers(window=window, sinks=sinks, segment=segment)
+    _checks.check_same_device(q, k=k, v=v, start=start)
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("segment", segment, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")

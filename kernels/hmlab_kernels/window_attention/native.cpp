@@ -1,6 +1,4 @@
 // Window attention on the CPU: a tile of queries reads the keys between its first window's start and its last query.
-#include <vector>
-
 #include "_tile.hpp"
 
 namespace {
@@ -65,8 +63,8 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T scale, T* out
     const std::vector<Item> items = tiles(s, s.heads, L, [](const Sequence& of) { return of.queries; });
 #pragma omp parallel
     {
-        std::vector<T> memory(2 * s.dim * L + 32);
-        T* qt = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+        std::vector<T> memory(2 * s.dim * L + kAlign);
+        T* qt = aligned(memory);
         T* sums = qt + s.dim * L;
         alignas(64) T top[L], total[L];
         Scratch<T> scratch;
@@ -108,8 +106,8 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, T scale, const
     });
 #pragma omp parallel
     {
-        std::vector<T> memory(4 * D * L + 32);
-        T* xt = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+        std::vector<T> memory(4 * D * L + kAlign);
+        T* xt = aligned(memory);
         T *yt = xt + D * L, *dx = yt + D * L, *dy = dx + D * L;
         alignas(64) T lane_lse[L], lane_delta[L];
         Scratch<T> w;
