@@ -89,7 +89,8 @@ def test_compiles_without_a_break(op, impl):
 
 @pytest.mark.parametrize("op, impl", [(op, impl) for op, impl in FIRST if impl == "fused"])
 def test_strides_beyond_32_bits_are_followed(op, impl):
-    """Heads that lie 2^31 elements apart: the memory in between is reserved and never touched."""
+    """Neighbours that lie almost 2^31 elements apart: the stride fits 32 bits, places behind it do not. The memory in
+    between is reserved and never touched."""
     case = _largest(op)
     inputs = case.make(parity.Draw(torch.float16, DEVICE))
     name = next(n for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.dtype == torch.float16 and x.ndim > 1)
@@ -169,8 +170,8 @@ def _largest(op):
 
 
 def _spread(x, axis):
-    """x with 2^31 + 64 elements between neighbours of an axis."""
-    gap = 2**31 + 64
+    """x with 2^31 - 64 elements between neighbours of an axis."""
+    gap = 2**31 - 64
     rest = [size for a, size in enumerate(x.shape) if a != axis]
     inner = torch.empty(rest).stride()
     strides = [*inner[:axis], gap, *inner[axis:]]
