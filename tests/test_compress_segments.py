@@ -149,7 +149,85 @@ def test_outputs_left_alone_have_no_gradient(impl):
     assert grad_k.any() and grad_queries.any() and (grad_v is None or not grad_v.any())
 
 
-@pytest.mark.parametrize("case", ("none, some, all, too many", "wide head", "packed documents"))
+@each_form
+def test_what_is_left_of_a_segment_is_compressed_as_if_alone(impl):
+    """Ten tokens but for their first three, beside the seven as a segment."""
+    inputs = _inputs(time=20, segment=10, most=4)
+    slots = compress_segments(**inputs, first=torch.tensor([[3, 3]], device=DEVICE), impl=impl)
+    rest = {name: inputs[name].unflatten(1, (2, 10))[:, :, 3:].flatten(1, 2) for name in ("k", "v")}
+    alone = compress_segments(**inputs | rest | {"segment": 7}, impl=impl)
+    held = torch.arange(4, device=DEVICE)[:, None] < inputs["count"][:, :, None]
+    for a, b in zip(slots, alone._replace(position=alone.position + 3 * held), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(slots.mass.sum(2), 7.0 * held.any(2))
+
+
+@each_form
+def test_tokens_kept_whole_but_for_the_first(impl):
+    inputs = _inputs(time=16, most=8)
+    inputs |= {"count": torch.full((1, 2, 1), 8, device=DEVICE), "first": torch.tensor([[3, 0]], device=DEVICE)}
+    slots = compress_segments(**inputs, impl=impl)
+    assert all((x[0, 0, :3] == 0).all() for x in slots)
+    for mean, whole in ((slots.k, inputs["k"]), (slots.v, inputs["v"])):
+        assert torch.equal(mean.flatten(1, 2)[:, 3:], whole[:, 3:])
+    assert slots.mass[0, :, :, 0].flatten().tolist() == [0] * 3 + [1] * 13
+    assert slots.position[0, 0, :, 0].tolist() == [0, 0, 0, 3, 4, 5, 6, 7]
+
+
+@each_form
+@pytest.mark.parametrize("most", (4, 8))
+def test_tokens_left_out_may_hold_anything(impl, most):
+    """Segments of 8: some left out, all, more than all, and none; compressed, or kept whole where most is 8."""
+    first = torch.tensor([[3, 8, 11, 0]], device=DEVICE)
+    inputs = _inputs(time=32, most=most, first=first)
+    inputs["count"] = torch.full((1, 4, 2), most, device=DEVICE)
+    inputs["count"][..., 1] = 2
+    out = torch.arange(8, device=DEVICE) < first[..., None]
+
+    def run(filling):
+        given = inputs | {name: inputs[name].detach().clone() for name in ("k", "v", "queries")}
+        for name in ("k", "v"):
+            given[name][out.flatten(1)] = filling
+        leaves = [given[name].requires_grad_() for name in ("k", "v", "queries")]
+        slots = compress_segments(**given, impl=impl)
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(x) for x in slots]
+        # of slots that hold nothing: the tokens left out of those kept whole, and segments of which nothing is left
+        for x in cotangents:
+            x[:, 1:3] = filling
+            if most == 8:
+                x[:, 0, :3, 0] = filling
+        return slots, torch.autograd.grad(slots, leaves, cotangents)
+
+    (slots, grads), (same_slots, same_grads) = run(torch.nan), run(5.0)
+    for x, y in zip((*slots, *grads), (*same_slots, *same_grads), strict=True):
+        assert x.isfinite().all() and torch.equal(x, y)
+    assert all((x[:, 1:3] == 0).all() for x in slots)
+    for grad in grads[:2]:
+        assert not grad[out.flatten(1)].any() and grad[~out.flatten(1)].any(-1).all()
+
+
+@each_form
+def test_gradients_through_what_is_left(impl):
+    """Beside central differences of the reference in float64."""
+    inputs = _inputs(time=12, segment=6, most=6, dim=16, first=torch.tensor([[2, 5]], device=DEVICE))
+    inputs["count"] = torch.tensor([[[3, 6], [2, 4]]], device=DEVICE)
+    cotangents = [torch.randn_like(x) for x in compress_segments(**inputs, impl=impl)]
+
+    def loss(form, **changed):
+        slots = compress_segments(**inputs | changed, impl=form)
+        return sum((x * y.to(x)).sum() for x, y in zip(slots, cotangents, strict=True))
+
+    leaves = {name: inputs[name].requires_grad_() for name in ("k", "v", "queries")}
+    grads = dict(zip(leaves, torch.autograd.grad(loss(impl), list(leaves.values())), strict=True))
+    exact = {name: x.detach().double() for name, x in leaves.items()}
+    for name, x in exact.items():
+        way = torch.randn_like(x)
+        ahead, behind = (loss("reference", **exact | {name: x + step * way}) for step in (1e-6, -1e-6))
+        torch.testing.assert_close((grads[name] * way).sum().double(), (ahead - behind) / 2e-6, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ("none, some, all, too many", "wide head", "packed documents", "the first left out"))
 def test_a_program_may_take_several_segments(monkeypatch, case):
     """As on long inputs: one program of each head adds up all the segments' gradients of the queries."""
     from hmlab_kernels.compress_segments import fused
@@ -181,6 +259,10 @@ def test_a_program_may_take_several_segments(monkeypatch, case):
     ({"count": torch.zeros(1, 2, 2)}, "count: expected integers, got torch.float32"),
     ({"count": torch.zeros(1, 3, 2, dtype=torch.int64)}, r"count: expected \[1, 2, 2 or 1\], got \[1, 3, 2\]"),
     ({"count": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"count: expected \[1, 2, 2 or 1\], got \[1, 2, 3\]"),
+    ({"first": torch.zeros(1, 2)}, r"first: expected integers \[1, 2\], got torch.float32 \[1, 2\]"),
+    ({"first": torch.zeros(1, 2, dtype=torch.bool)}, r"first: expected integers \[1, 2\], got torch.bool"),
+    ({"first": torch.zeros(1, 3, dtype=torch.int64)}, r"first: expected integers \[1, 2\], got torch.int64 \[1, 3\]"),
+    ({"first": torch.zeros(1, 2, dtype=torch.int64, device="meta")}, "first: expected a tensor on cpu, got one"),
     ({"cu_seqlens": torch.tensor([0, 3, 9])}, "count: expected 1 segments for these cu_seqlens, got 2"),
     ({"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens: expected to rise from 0 to 9"),
     ({"cu_seqlens": torch.zeros(1, 2)}, "cu_seqlens: expected a vector of int"),

@@ -8,6 +8,10 @@ recomputing a prefix, which loses no mass. m = segment is the identity: slot j i
 nothing. A slot j ≥ m is zero throughout, and so are the gradients through it, whatever the segment holds. A / mass is a
 softmax over the tokens of log A, and is computed as one: the means of a slot that nobody wants stay defined when its
 mass underflows to 0.
+
+The `first` tokens of a segment may be kept elsewhere, as attention sinks are: they hand out no mass and are not read.
+In the identity the slots j < first are then zero, as slots j ≥ m are. A segment of which no token is left keeps
+nothing.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ def compress_segments(
     *,
     segment: int,
     scale: float | None = None,
+    first: Int[Tensor, "batch segments"] | None = None,
     cu_seqlens: Int[Tensor, "sequences_and_one"] | None = None,
     impl: str | None = None,
 ) -> Slots:
@@ -55,8 +60,9 @@ def compress_segments(
 
     segments: time // segment of each row; of packed sequences those of all, one sequence after another, each aligned
     to the beginning of its own. count: how many slots of a segment (and head) are kept, clipped to 0 .. most. segment:
-    tokens in one, at most 256; most at most segment. scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None
-    takes the device's default. Differentiable in k, v and queries, from all four outputs.
+    tokens in one, at most 256; most at most segment. scale: dim^-0.5 if None. first: how many tokens of a segment, from
+    its first, are left out, clipped to 0 .. segment; none if None. impl: one of `IMPLEMENTATIONS`; None takes the
+    device's default. Differentiable in k, v and queries, from all four outputs.
 
     Returns k and v in k's dtype, mass and position in at least float32, as sums run. Every implementation is
     deterministic. Raises ValueError by argument.
@@ -86,13 +92,21 @@ def compress_segments(
     ):
         segments = time // segment if cu_seqlens is None else "segments"
         raise ValueError(f"count: expected [{batch}, {segments}, {heads} or 1], got {list(count.shape)}")
+    if first is not None and (
+        first.shape != count.shape[:2] or first.is_floating_point() or first.dtype == torch.bool
+    ):
+        raise ValueError(f"first: expected integers {list(count.shape[:2])}, got {first.dtype} {list(first.shape)}")
+    if first is not None and first.device != k.device:
+        raise ValueError(f"first: expected a tensor on {k.device}, got one on {first.device}")
     impl = _dispatch.choose("compress_segments", impl, k.device.type, IMPLEMENTATIONS, k.dtype)
     scale = dim**-0.5 if scale is None else scale
+    if first is not None:
+        count = count.masked_fill((first >= segment)[..., None], 0)
     count = count.expand(-1, -1, heads)
     if impl == "reference":
         starts = segment_starts(k, count, segment, cu_seqlens)
-        return Slots(*reference.compress_segments(k, v, queries, count, starts.tolist(), segment, scale))
-    *slots, _ = torch.ops.hmlab.compress_segments(k, v, queries, count, segment, scale, cu_seqlens, impl)
+        return Slots(*reference.compress_segments(k, v, queries, count, first, starts.tolist(), segment, scale))
+    *slots, _ = torch.ops.hmlab.compress_segments(k, v, queries, count, first, segment, scale, cu_seqlens, impl)
     return Slots(*slots)
 
 
@@ -117,14 +131,14 @@ def _form(impl: str):
 
 
 @torch.library.custom_op("hmlab::compress_segments", mutates_args=())
-def _forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, segment: int, scale: float,
+def _forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, segment: int, scale: float,
              cu_seqlens: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     starts = segment_starts(k, count, segment, cu_seqlens)
-    return *_form(impl).forward(k, v, queries, count, starts, segment, scale), starts
+    return *_form(impl).forward(k, v, queries, count, first, starts, segment, scale), starts
 
 
 @_forward.register_fake
-def _(k, v, queries, count, segment, scale, cu_seqlens, impl):
+def _(k, v, queries, count, first, segment, scale, cu_seqlens, impl):
     batch, segments, heads = count.shape
     shape = (batch, segments, queries.shape[1], heads)
     sums = torch.promote_types(k.dtype, torch.float32)
@@ -134,11 +148,11 @@ def _(k, v, queries, count, segment, scale, cu_seqlens, impl):
 
 
 @torch.library.custom_op("hmlab::compress_segments_backward", mutates_args=())
-def _backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float,
-              impl: str, grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor
+def _backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int,
+              scale: float, impl: str, grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor
               ) -> tuple[Tensor, Tensor, Tensor]:
     return _form(impl).backward(
-        k, v, queries, count, starts, segment, scale, grad_k, grad_v, grad_mass, grad_position
+        k, v, queries, count, first, starts, segment, scale, grad_k, grad_v, grad_mass, grad_position
     )
 
 
@@ -148,28 +162,29 @@ def _(k, v, queries, *_):
 
 
 def _save(ctx, inputs, output):
-    k, v, queries, count, ctx.segment, ctx.scale, _, ctx.impl = inputs
-    ctx.save_for_backward(k, v, queries, count, output[-1])
+    *tensors, ctx.segment, ctx.scale, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[-1])
 
 
 def _gradient(ctx, *grads):
-    k, v, queries, count, starts = ctx.saved_tensors
-    grad_k, grad_v, grad_queries = torch.ops.hmlab.compress_segments_backward(
-        k, v, queries, count, starts, ctx.segment, ctx.scale, ctx.impl, *grads[:4]
+    found = torch.ops.hmlab.compress_segments_backward(
+        *ctx.saved_tensors, ctx.segment, ctx.scale, ctx.impl, *grads[:4]
     )
-    return grad_k, grad_v, grad_queries, None, None, None, None, None
+    return *found, None, None, None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
 
 
-def _flops(k: tuple, v: tuple, queries: tuple, count: tuple, segment: int, *_, products: int = 3, **__) -> int:
+def _flops(k: tuple, v: tuple, queries: tuple, count: tuple, first: tuple | None, segment: int, *_, products: int = 3,
+           **__) -> int:
     batch, segments, heads = count
     return 2 * products * batch * segments * segment * heads * queries[1] * queries[2]
 
 
-def _backward_flops(k: tuple, v: tuple, queries: tuple, count: tuple, starts: tuple, segment: int, *_, **__) -> int:
-    return _flops(k, v, queries, count, segment, products=7)
+def _backward_flops(k: tuple, v: tuple, queries: tuple, count: tuple, first: tuple | None, starts: tuple, segment: int,
+                    *_, **__) -> int:
+    return _flops(k, v, queries, count, first, segment, products=7)
 
 
 def _register_flops() -> None:

@@ -45,6 +45,11 @@ def _counts(draw: Draw, *counts: int, **sizes) -> dict:
     return made
 
 
+def _first(draw: Draw, *first: int, **made) -> dict:
+    """A call of which each segment leaves out its first tokens; every row does alike."""
+    return made | {"first": draw.tensor(first).repeat(made["k"].shape[0], 1)}
+
+
 _ALL = ("k", "v", "queries")
 CASES = [
     Case(name, make, _ALL)
@@ -62,6 +67,16 @@ CASES = [
         "many slots": lambda d: inputs(d, 1, 140, 1, 16, segment=70, most=70),
         "wide head": lambda d: inputs(d, 1, 34, 2, 256, segment=33, most=9),
         "strided": _strided,
+        "the first left out": lambda d: _first(d, 3, 0, 17, 18, **inputs(d, 2, 79, 2, 20, segment=18, most=5)),
+        "the first left out, kept whole": lambda d: _first(
+            d, 0, 3, 12, 11, 4, 20, -1, **_counts(d, 12, 12, 12, 13, 5, 2, 12, segment=12, most=12)
+        ),
+        "the first left out, packed": lambda d: _first(
+            d, 2, 0, 5, 1, 8, 0, 0, **inputs(d, 1, 70, 1, 16, segment=8, most=3, documents=(19, 0, 8, 7, 36))
+        ),
+        "the first left out, wide head": lambda d: _first(
+            d, 4, 30, **inputs(d, 1, 69, 2, 256, segment=33, most=33)
+        ),
     }.items()
 ]
 

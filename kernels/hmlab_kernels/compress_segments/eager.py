@@ -12,15 +12,15 @@ _ELEMENTS = {"cpu": 1 << 18}
 _ELEMENTS_ELSEWHERE = 1 << 25
 
 
-def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int,
+            scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = k.shape
     shape = (batch, len(starts), queries.shape[1], heads)
     sums = torch.promote_types(k.dtype, torch.float32)
     all_k, all_v = (k.new_empty(*shape, dim) for _ in range(2))
     all_mass, position = (k.new_empty(shape, dtype=sums) for _ in range(2))
-    for b, some, keys, values in _segments(k, v, queries, count, starts, segment):
-        _, mean, mass, spare, _ = _shares(keys, queries.to(sums), count[b, some], scale)
+    for b, some, keys, values, unread in _segments(k, v, queries, count, first, starts, segment):
+        _, mean, mass, spare, _ = _shares(keys, queries.to(sums), count[b, some], unread, scale)
         place = torch.arange(segment, dtype=sums, device=k.device)
         # Filled, as no weight is small enough to take a NaN away.
         all_k[b, some] = (mean @ keys).masked_fill_(spare, 0).transpose(1, 2)
@@ -30,15 +30,16 @@ def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor
     return all_k, all_v, all_mass, position
 
 
-def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float,
-             grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int,
+             scale: float, grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor
+             ) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.promote_types(k.dtype, torch.float32)
     into_k, into_v = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     rows = queries.to(sums)
     into_queries = torch.zeros_like(rows, memory_format=torch.contiguous_format)
     place = torch.arange(segment, dtype=sums, device=k.device)
-    for b, some, keys, values in _segments(k, v, queries, count, starts, segment):
-        share, mean, _, spare, identity = _shares(keys, rows, count[b, some], scale)
+    for b, some, keys, values, unread in _segments(k, v, queries, count, first, starts, segment):
+        share, mean, _, spare, identity = _shares(keys, rows, count[b, some], unread, scale)
         from_k, from_v = (g[b, some].transpose(1, 2).to(sums).masked_fill(spare, 0) for g in (grad_k, grad_v))
         from_mass, from_position = (
             g[b, some].mT[..., None].to(sums).masked_fill(spare, 0) for g in (grad_mass, grad_position)
@@ -55,7 +56,7 @@ def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tenso
     return into_k, into_v, into_queries.to(queries.dtype)
 
 
-def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float
+def _shares(keys: Tensor, queries: Tensor, count: Tensor, unread: Tensor, scale: float
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of segments `[segments, heads, segment, dim]`: A and A / mass `[segments, heads, most, segment]`, the mass,
     which slots `[segments, heads, most, 1]` hold nothing, which segments `[segments, heads, 1, 1]` stay as they are."""
@@ -63,10 +64,13 @@ def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float
     count = count[:, :, None, None]
     slot = torch.arange(most, device=keys.device)[:, None]
     spare = slot >= count
+    identity = (count >= segment) & (most == segment)
+    if most == segment:
+        spare = spare | (identity & unread)  # slots are tokens there
     logits = torch.einsum("hmd,ghid->ghmi", queries, keys) * scale
     log_share = logits.masked_fill_(spare, -torch.inf)
     total = log_share.logsumexp(2, keepdim=True)
-    log_share = (log_share - total).masked_fill_(spare, -torch.inf)
+    log_share = (log_share - total).masked_fill_(spare | unread.mT, -torch.inf)
     share = log_share.exp()
     top = log_share.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0)
@@ -74,30 +78,35 @@ def _shares(keys: Tensor, queries: Tensor, count: Tensor, scale: float
     total = mean.sum(-1, keepdim=True)
     mean /= torch.where(total > 0, total, 1)
     mass = (total * top.exp())[..., 0]
-    identity = count >= segment
     if most == segment:
-        mean = torch.where(identity, torch.eye(segment, dtype=mean.dtype, device=mean.device), mean)
-        mass = torch.where(identity[..., 0], 1, mass)
-    return share, mean, mass, spare, identity & (most == segment)
+        tokens = torch.eye(segment, dtype=mean.dtype, device=mean.device)
+        mean = torch.where(identity, tokens, mean).masked_fill_(spare, 0)
+        mass = torch.where(identity[..., 0], 1, mass).masked_fill_(spare[..., 0], 0)
+    return share, mean, mass, spare, identity
 
 
-def _segments(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int
-              ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Row, which segments, and their keys and values `[segments, heads, segment, dim]` in at least float32; zeros where
-    nothing is kept."""
+def _segments(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int
+              ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+    """Row, which segments, their keys and values `[segments, heads, segment, dim]` in at least float32, and which of
+    their tokens are not read `[segments, heads, segment or 1, 1]`: zeros there."""
     batch, _, heads, dim = k.shape
     sums = torch.promote_types(k.dtype, torch.float32)
     most = _ELEMENTS.get(k.device.type, _ELEMENTS_ELSEWHERE)
+    place = torch.arange(segment, device=k.device)[:, None]
     step = max(1, most // (heads * segment * max(dim, queries.shape[1])))
     for b in range(batch):
-        for first in range(0, len(starts), step):
-            some = slice(first, min(first + step, len(starts)))
+        for begin in range(0, len(starts), step):
+            some = slice(begin, min(begin + step, len(starts)))
             tokens = _tokens(starts[some], segment)
+            unread = (count[b, some] <= 0)[:, :, None, None]
+            if first is not None:
+                unread = unread | (place < first[b, some, None, None, None])
             # index_select copies whole rows, several times as fast as an index does
-            yield b, some, *(
+            keys, values = (
                 x[b].index_select(0, tokens).unflatten(0, (-1, segment)).transpose(1, 2).to(sums)
-                .masked_fill_((count[b, some] <= 0)[:, :, None, None], 0) for x in (k, v)
+                .masked_fill_(unread, 0) for x in (k, v)
             )  # fmt: skip
+            yield b, some, keys, values, unread
 
 
 def _tokens(starts: Tensor, segment: int) -> Tensor:

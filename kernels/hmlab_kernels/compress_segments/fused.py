@@ -26,8 +26,8 @@ def blocks(segment: int, most: int, dim: int, dtype: torch.dtype) -> tuple[int, 
     return slots, tokens, min(_launch.block_dim(dim), 128, 32768 // (tokens * dtype.itemsize))
 
 
-def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int,
+            scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = k.shape
     segments, most = len(starts), queries.shape[1]
     shape = (batch, segments, most, heads)
@@ -37,15 +37,16 @@ def forward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor
         k, v, queries = (_launch.unit_stride(x) for x in (k, v, queries))
         with _launch.on(k):
             _forward[batch * segments, heads](
-                k, v, queries, count, starts, slots_k, slots_v, mass, position, segments, heads, scale,
-                *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(),
-                **_sizes(segment, most, dim, k.dtype, 1),
+                k, v, queries, count, first, starts, slots_k, slots_v, mass, position, segments, heads, scale,
+                *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(), *_strides(first),
+                HAS_FIRST=first is not None, **_sizes(segment, most, dim, k.dtype, 1),
             )  # fmt: skip
     return slots_k, slots_v, mass, position
 
 
-def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tensor, segment: int, scale: float,
-             grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, first: Tensor | None, starts: Tensor, segment: int,
+             scale: float, grad_k: Tensor, grad_v: Tensor, grad_mass: Tensor, grad_position: Tensor
+             ) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, heads, dim = k.shape
     segments, most = len(starts), queries.shape[1]
     # Tokens of unfinished tails belong to no program.
@@ -58,12 +59,16 @@ def backward(k: Tensor, v: Tensor, queries: Tensor, count: Tensor, starts: Tenso
     k, v, queries = (_launch.unit_stride(x) for x in (k, v, queries))
     with _launch.on(k):
         _backward[parts.shape[0], heads](
-            k, v, queries, count, starts, grad_k.contiguous(), grad_v.contiguous(), grad_mass.contiguous(),
+            k, v, queries, count, first, starts, grad_k.contiguous(), grad_v.contiguous(), grad_mass.contiguous(),
             grad_position.contiguous(), into_k, into_v, parts, batch * segments, segments, time, heads, each, scale,
-            *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(),
-            **_sizes(segment, most, dim, k.dtype, 2),
+            *k.stride()[:3], *v.stride()[:3], *queries.stride()[:2], *count.stride(), *_strides(first),
+            HAS_FIRST=first is not None, **_sizes(segment, most, dim, k.dtype, 2),
         )  # fmt: skip
     return into_k, into_v, parts.sum(0).to(queries.dtype)
+
+
+def _strides(first: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if first is None else first.stride()
 
 
 def _sizes(segment: int, most: int, dim: int, dtype: torch.dtype, accumulators: int) -> dict[str, int]:
@@ -76,9 +81,9 @@ def _sizes(segment: int, most: int, dim: int, dtype: torch.dtype, accumulators: 
 
 @triton.jit
 def _forward(
-    k, v, queries, count, starts, slots_k, slots_v, mass, position, segments, heads, scale,
+    k, v, queries, count, left_out, starts, slots_k, slots_v, mass, position, segments, heads, scale,
     k_batch, k_time, k_head, v_batch, v_time, v_head, query_head, query_slot, count_batch, count_segment, count_head,
-    SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
+    left_batch, left_segment, HAS_FIRST: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -89,38 +94,39 @@ def _forward(
     v += batch * v_batch + start * v_time + head * v_head
     queries += head * query_head
     kept = _kept(count + batch * count_batch + g * count_segment + head * count_head, MOST)
+    begin = _begin(left_out + batch * left_batch + g * left_segment) if HAS_FIRST else 0
     log_total = _log_total(
-        k, k_time, queries, query_slot, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
+        k, k_time, queries, query_slot, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
     )
     token = tl.arange(0, TOKENS)
     for first in range(0, MOST, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         logits = _logits(
-            k, k_time, queries, query_slot, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
+            k, k_time, queries, query_slot, first, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
         )
-        _, mean, total = _shares(logits, log_total, first, kept, SEGMENT, SLOTS, TOKENS)
+        _, mean, total = _shares(logits, log_total, first, begin, kept, SEGMENT, SLOTS, TOKENS)
         row = (n * MOST + slot) * heads + head
         tl.store(mass + row, total, mask=slot < MOST)
         tl.store(position + row, tl.sum(mean * token.to(tl.float32)[None, :], 1), mask=slot < MOST)
         for lowest in range(0, DIM, BLOCK_DIM):
-            keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
-            values = _tokens(v, v_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+            keys = _tokens(k, k_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+            values = _tokens(v, v_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
             dim = lowest + tl.arange(0, BLOCK_DIM)
             place = row[:, None] * DIM + dim[None, :]
             inside = (slot < MOST)[:, None] & (dim < DIM)[None, :]
             shares = mean.to(keys.dtype)
             # Filled, as no share is small enough to take a NaN away.
-            full = (slot < kept)[:, None]
+            full = _held(slot, begin, kept, SEGMENT)[:, None]
             tl.store(slots_k + place, tl.where(full, _launch.dot(shares, keys), 0.0).to(keys.dtype), mask=inside)
             tl.store(slots_v + place, tl.where(full, _launch.dot(shares, values), 0.0).to(keys.dtype), mask=inside)
 
 
 @triton.jit
 def _backward(
-    k, v, queries, count, starts, grad_k, grad_v, grad_mass, grad_position, into_k, into_v, parts,
+    k, v, queries, count, left_out, starts, grad_k, grad_v, grad_mass, grad_position, into_k, into_v, parts,
     number, segments, time, heads, each, scale,
     k_batch, k_time, k_head, v_batch, v_time, v_head, query_head, query_slot, count_batch, count_segment, count_head,
-    SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
+    left_batch, left_segment, HAS_FIRST: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
@@ -136,35 +142,37 @@ def _backward(
         keys_at = k + batch * k_batch + start * k_time + head * k_head
         values_at = v + batch * v_batch + start * v_time + head * v_head
         kept = _kept(count + batch * count_batch + g * count_segment + head * count_head, MOST)
+        begin = _begin(left_out + batch * left_batch + g * left_segment) if HAS_FIRST else 0
         slots_at = n * MOST * heads + head
         log_total = _log_total(
-            keys_at, k_time, queries, query_slot, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
+            keys_at, k_time, queries, query_slot, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
         )
         handed = tl.zeros([TOKENS], tl.float32)
         for first in range(0, MOST, SLOTS):
             by_log, _, _ = _by_log_share(
                 keys_at, k_time, values_at, v_time, queries, query_slot, grad_k, grad_v, grad_mass, grad_position,
-                slots_at, heads, log_total, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM,
+                slots_at, heads, log_total, first, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM,
             )  # fmt: skip
             handed += tl.sum(by_log, 0)
         for lowest in range(0, DIM, BLOCK_DIM):
             dim = lowest + tl.arange(0, BLOCK_DIM)
-            keys = _tokens(keys_at, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+            keys = _tokens(keys_at, k_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
             of_keys = tl.zeros([TOKENS, BLOCK_DIM], tl.float32)
             of_values = tl.zeros([TOKENS, BLOCK_DIM], tl.float32)
             for first in range(0, MOST, SLOTS):
                 by_log, share, mean = _by_log_share(
                     keys_at, k_time, values_at, v_time, queries, query_slot, grad_k, grad_v, grad_mass, grad_position,
-                    slots_at, heads, log_total, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM,
+                    slots_at, heads, log_total, first, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM,
                 )  # fmt: skip
                 # The identity does not move with its logits.
                 slot = first + tl.arange(0, SLOTS)
-                moves = ((slot < kept) & (kept != SEGMENT))[:, None]
+                held = _held(slot, begin, kept, SEGMENT)
+                moves = (held & (kept != SEGMENT))[:, None]
                 by_logit = tl.where(moves, scale * (by_log - share * handed[None, :]), 0.0).to(keys.dtype)
                 mean = tl.trans(mean).to(keys.dtype)
-                from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
-                from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
-                query = _tile(queries, query_slot, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
+                from_k = _tile(grad_k + slots_at * DIM, heads * DIM, slot, held, lowest, DIM, BLOCK_DIM)
+                from_v = _tile(grad_v + slots_at * DIM, heads * DIM, slot, held, lowest, DIM, BLOCK_DIM)
+                query = _tile(queries, query_slot, slot, held, lowest, DIM, BLOCK_DIM)
                 of_keys += _launch.dot(mean, from_k)
                 of_keys += _launch.dot(tl.trans(by_logit), query)
                 of_values += _launch.dot(mean, from_v)
@@ -195,41 +203,54 @@ def _kept(count, MOST: tl.constexpr):
 
 
 @triton.jit
-def _tile(base, stride, first, most, lowest, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows from `first`, dims from `lowest`; zeros from row `most` and dim `DIM` on."""
-    row = first + tl.arange(0, ROWS)
+def _begin(left_out):
+    """The first token that hands out mass."""
+    return tl.maximum(tl.load(left_out).to(tl.int64), 0).to(tl.int32)
+
+
+@triton.jit
+def _held(slot, begin, kept, SEGMENT: tl.constexpr):
+    """Which slots hold anything: those kept; of the identity, whose slots are tokens, those of tokens that are read."""
+    return (slot < kept) & ((slot >= begin) | (kept != SEGMENT))
+
+
+@triton.jit
+def _tile(base, stride, row, wanted, lowest, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The wanted of some rows, dims from `lowest`; zeros elsewhere and from dim `DIM` on."""
     dim = lowest + tl.arange(0, BLOCK_DIM)
     place = row.to(tl.int64)[:, None] * stride + dim[None, :]
-    return tl.load(base + place, mask=(row < most)[:, None] & (dim < DIM)[None, :], other=0.0)
+    return tl.load(base + place, mask=wanted[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def _tokens(
-    base, stride, kept, lowest, SEGMENT: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    base, stride, begin, kept, lowest, SEGMENT: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of a segment; not read, but zeros, where nothing is kept of it."""
-    return _tile(base, stride, 0, tl.where(kept > 0, SEGMENT, 0), lowest, TOKENS, DIM, BLOCK_DIM)
+    """The tokens of a segment from `begin`; not read, but zeros, before that and where nothing is kept of it."""
+    token = tl.arange(0, TOKENS)
+    return _tile(base, stride, token, (token >= begin) & (token < SEGMENT) & (kept > 0), lowest, DIM, BLOCK_DIM)
 
 
 @triton.jit
 def _logits(
-    k, k_time, queries, query_slot, first, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
-    SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    k, k_time, queries, query_slot, first, begin, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr,
+    DIM: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """[slots, tokens], −inf from slot `kept` on."""
+    """[slots, tokens], −inf in slots that hold nothing."""
+    slot = first + tl.arange(0, SLOTS)
+    held = _held(slot, begin, kept, SEGMENT)
     logits = tl.zeros([SLOTS, TOKENS], tl.float32)
     for lowest in range(0, DIM, BLOCK_DIM):
-        query = _tile(queries, query_slot, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
-        keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+        query = _tile(queries, query_slot, slot, held, lowest, DIM, BLOCK_DIM)
+        keys = _tokens(k, k_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         logits += _launch.dot(query, tl.trans(keys))
-    slot = first + tl.arange(0, SLOTS)
-    return tl.where((slot < kept)[:, None], logits * scale, float("-inf"))
+    return tl.where(held[:, None], logits * scale, float("-inf"))
 
 
 @triton.jit
 def _log_total(
-    k, k_time, queries, query_slot, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
+    k, k_time, queries, query_slot, begin, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp over the kept slots of each token's logits; 0 if none is kept."""
@@ -237,7 +258,7 @@ def _log_total(
     total = tl.zeros([TOKENS], tl.float32)
     for first in range(0, MOST, SLOTS):
         logits = _logits(
-            k, k_time, queries, query_slot, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
+            k, k_time, queries, query_slot, first, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
         )
         higher = tl.maximum(top, tl.max(logits, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -248,12 +269,13 @@ def _log_total(
 
 @triton.jit
 def _shares(
-    logits, log_total, first, kept, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
+    logits, log_total, first, begin, kept, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A and A / mass [slots, tokens], and the mass."""
     slot = first + tl.arange(0, SLOTS)
     token = tl.arange(0, TOKENS)
-    shared = (slot < kept)[:, None] & (token < SEGMENT)[None, :]
+    held = _held(slot, begin, kept, SEGMENT)
+    shared = held[:, None] & ((token >= begin) & (token < SEGMENT))[None, :]
     log_share = tl.where(shared, logits - log_total[None, :], float("-inf"))
     top = tl.max(log_share, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -262,34 +284,35 @@ def _shares(
     mean = mean / tl.where(total > 0, total, 1.0)[:, None]
     mass = total * tl.exp(top)
     identity = kept == SEGMENT
-    same = (slot[:, None] == token[None, :]) & (token < SEGMENT)[None, :]
+    same = (slot[:, None] == token[None, :]) & shared
     mean = tl.where(identity, tl.where(same, 1.0, 0.0), mean)
-    mass = tl.where(identity, 1.0, mass)
+    mass = tl.where(identity, tl.where(held, 1.0, 0.0), mass)
     return tl.exp(log_share), mean, mass
 
 
 @triton.jit
 def _by_log_share(
     k, k_time, v, v_time, queries, query_slot, grad_k, grad_v, grad_mass, grad_position, slots_at, heads, log_total,
-    first, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
+    first, begin, kept, scale, SEGMENT: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Gradient by log A [slots, tokens], through the mean over tokens and the mass; A, and A / mass."""
     logits = _logits(
-        k, k_time, queries, query_slot, first, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
+        k, k_time, queries, query_slot, first, begin, kept, scale, SEGMENT, MOST, DIM, SLOTS, TOKENS, BLOCK_DIM
     )
-    share, mean, _ = _shares(logits, log_total, first, kept, SEGMENT, SLOTS, TOKENS)
+    share, mean, _ = _shares(logits, log_total, first, begin, kept, SEGMENT, SLOTS, TOKENS)
     slot = first + tl.arange(0, SLOTS)
+    held = _held(slot, begin, kept, SEGMENT)
     row = slots_at + slot * heads
-    by_mass = tl.load(grad_mass + row, mask=slot < kept, other=0.0)
-    by_position = tl.load(grad_position + row, mask=slot < kept, other=0.0)
+    by_mass = tl.load(grad_mass + row, mask=held, other=0.0)
+    by_position = tl.load(grad_position + row, mask=held, other=0.0)
     pull = by_position[:, None] * tl.arange(0, TOKENS).to(tl.float32)[None, :]
     for lowest in range(0, DIM, BLOCK_DIM):
-        from_k = _tile(grad_k + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
-        keys = _tokens(k, k_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+        from_k = _tile(grad_k + slots_at * DIM, heads * DIM, slot, held, lowest, DIM, BLOCK_DIM)
+        keys = _tokens(k, k_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         pull += _launch.dot(from_k, tl.trans(keys))
-        from_v = _tile(grad_v + slots_at * DIM, heads * DIM, first, kept, lowest, SLOTS, DIM, BLOCK_DIM)
-        values = _tokens(v, v_time, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
+        from_v = _tile(grad_v + slots_at * DIM, heads * DIM, slot, held, lowest, DIM, BLOCK_DIM)
+        values = _tokens(v, v_time, begin, kept, lowest, SEGMENT, TOKENS, DIM, BLOCK_DIM)
         pull += _launch.dot(from_v, tl.trans(values))
     by_log = mean * (pull - tl.sum(mean * pull, 1)[:, None]) + share * by_mass[:, None]
-    return tl.where((slot < kept)[:, None], by_log, 0.0), share, mean
+    return tl.where(held[:, None], by_log, 0.0), share, mean
