@@ -30,7 +30,7 @@ Units: seconds, bytes read (vectors alone), positions in tokens. Errors: ValueEr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -61,10 +61,12 @@ from hmlab.memories.harmony.storage import (
 )
 from hmlab.stores.persistent import PersistentMemory
 from hmlab.stores.search import Found
-from hmlab.stores.tiers import FirstInFirstOut, Policy, Traffic, Usage, eviction_order, promotions
+from hmlab.stores.tiers import FirstInFirstOut, Traffic, Usage, eviction_order, promotions
 
 TIERS = ("short", "medium", "disk")
 SHORT, MEDIUM, DISK = range(3)
+Eviction = Callable[[Usage, Tensor], Tensor]
+"""A `hmlab.stores.tiers.Policy`."""
 
 
 class State(NamedTuple):
@@ -125,7 +127,8 @@ class Config:
 
     capacity: slots of the medium tier. density: one of `DENSITIES` but "cross_entropy"; all but "spectral" need tokens.
     picks: slots retrieved from each tier. tables: looked up at first, None: all of the family. probes, deep_probes:
-    buckets looked up in a table, at first and when confidence is low. per_bucket: newest slots read of each. recall,
+    buckets looked up in a table, at first and when confidence is low. per_bucket: newest slots read of each; with fewer
+    than `buckets.most_load`, older slots of a full bucket are not found. recall,
     angle: probe each query only until a slot at that angle (radians) is found with probability `recall`; None: always
     all probes. gate: share of past probes whose buckets are looked up, None: all buckets. buckets: how they divide.
     samples: slots drawn for the confidence. confident: below it probe deeper; 0: never. fine: segments held as tokens,
@@ -145,7 +148,7 @@ class Config:
     tables: int | None = None
     probes: int = 2
     deep_probes: int = 4
-    per_bucket: int = 32
+    per_bucket: int = 64
     recall: float | None = None
     angle: float = 0.5
     gate: float | None = None
@@ -178,7 +181,7 @@ class Config:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     def build(self, *, codec: Codec | None = None, family: Family | None = None, ratio: Ratio | None = None,
-              eviction: Policy | None = None, store: PersistentMemory | None = None, fine_codec: Codec | None = None
+              eviction: Eviction | None = None, store: PersistentMemory | None = None, fine_codec: Codec | None = None
               ) -> MemoryManager:
         """The parts, where None is: mean pooling, random hyperplanes (4 tables), one slot for 16 tokens,
         first-in-first-out, no disk, int8."""
@@ -190,7 +193,7 @@ class MemoryManager(nn.Module):
     """`write` and `read`; no gradients. `state` is None before the first write and may be set to any state."""
 
     def __init__(self, config: Config, *, codec: Codec | None = None, family: Family | None = None,
-                 ratio: Ratio | None = None, eviction: Policy | None = None, store: PersistentMemory | None = None,
+                 ratio: Ratio | None = None, eviction: Eviction | None = None, store: PersistentMemory | None = None,
                  fine_codec: Codec | None = None) -> None:  # fmt: skip
         super().__init__()
         c = self.config = config

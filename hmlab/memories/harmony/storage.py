@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -216,6 +216,7 @@ class DiskView(NamedTuple):
         return self._replace(number=new.number, reads=new.reads, mass=new.mass)
 
 
+@runtime_checkable
 class Ratio(Protocol):
     """How many slots a segment gets. What it learns from the past is in a state of tensors, batch first."""
 
@@ -264,10 +265,10 @@ class DensityRatio:
     slots is finite, so the debt is bounded and the mean number of slots meets the budget as 1 / segments.
     """
 
-    ratio: float = 16.0
+    ratio: float | int = 16
     ratios: tuple[int, ...] = (4, 8, 16, 32, 64)
-    gain: float = 1.0
-    patience: float = 8.0
+    gain: float | int = 1
+    patience: float | int = 8
 
     def __post_init__(self) -> None:
         if not self.ratios or min(self.ratios) < 1:
