@@ -1,6 +1,7 @@
 """The hierarchy in models of transformers: the same numbers where it must, bounded state, and a way back."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,15 +10,20 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, StaticCache
 
 from hmlab import hf
+from hmlab.auxiliary import collect
 from hmlab.hf.attention import rotate
 from hmlab.hf.cache import HierarchyLayer
-from hmlab.memories.harmony.config import HierarchyConfig
+from hmlab.memories import harmony
+from hmlab.memories.harmony import HierarchyConfig
 from hmlab.memory import state_bytes
 
 # Equal to attention over the whole past, through windows of 5 to 8 tokens and slots of one token each.
 EXACT = HierarchyConfig(window=5, segment=4, sinks=2, ratios=(1,), budget=1.0, retrieval="all", capacity=4096)
-# Four tokens to a slot, of which a query reads two.
-SMALL = HierarchyConfig(window=4, segment=4, sinks=0, ratios=(4,), budget=4.0, retrieval="exact", picks=2, capacity=8)
+# Slots of two to eight tokens, as ids and keys are dense, and at most 16; a query reads four that hashing finds.
+SMALL = HierarchyConfig(window=4, segment=8, sinks=1, ratios=(2, 4, 8), budget=4.0, capacity=16, table=16,
+                        bigram_table=16, tables=2, bits=4, probes=2, candidates=16, picks=4)  # fmt: skip
+# What needs no training.
+FREE = dataclasses.replace(SMALL, sinks=0, policy="density", codec="mean_pool", family="hyperplane")
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
              "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 256}  # fmt: skip
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -91,14 +97,20 @@ def test_padding_holds_nothing(family):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generates_what_the_model_generates(family, beams):
     model, attached = pair(family)
-    options = {"max_new_tokens": 14, "num_beams": beams, "do_sample": False}
+    options = {"max_new_tokens": 9, "num_beams": beams, "do_sample": False}
     for batch in (prompt(11), prompt(12, 5, 1)):
         expected, got = model.generate(**batch, **options), attached.generate(**batch, **options)
         assert got.tolist() == expected.tolist()
-        assert got.tolist() == attached.generate(**batch, **options, use_cache=False).tolist()
 
 
-@pytest.mark.parametrize("config", [EXACT, SMALL], ids=["exact", "small"])
+def test_generates_the_same_without_a_cache(family):
+    attached = hf.attach(make(family), SMALL)
+    batch, options = prompt(20, 13), {"max_new_tokens": 6, "do_sample": False}
+    expected = attached.generate(**batch, **options, use_cache=False)
+    assert attached.generate(**batch, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("config", [SMALL, FREE], ids=["learned", "free"])
 def test_chunks_equal_the_whole(family, config):
     """Left padding, a chunk of nothing but padding for a row among them."""
     attached = hf.attach(make(family), config)
@@ -189,13 +201,29 @@ def test_gradients_are_those_of_the_model(family):
 
 
 def test_the_hierarchies_alone_can_be_trained(family):
+    """By the model's loss and their own, all of their parameters and no others."""
     attached = hf.attach(make(family), SMALL).requires_grad_(False).train()
     new = hf.hierarchies(attached).requires_grad_(True)
-    ids = torch.randint(2, 61, (2, 40))
-    attached(ids, labels=ids).loss.backward()
-    reached = {name for name, weight in new.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert {name.split(".")[0] for name in reached} == {"0", "1"}
+    with torch.no_grad():
+        for weight in new.parameters():  # a policy that begins at zero teaches its first layer nothing
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    ids = torch.randint(2, 61, (2, 60))
+    with collect() as losses:
+        loss = attached(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    by_the_model = {name for name, weight in new.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert {name.partition(".")[0] for name in by_the_model} == {"0", "1"}
+    sum(losses.values()).backward()
+    assert all(weight.grad.any() for weight in new.parameters())
     assert all(weight.grad is None for name, weight in attached.named_parameters() if ".hierarchy." not in name)
+
+
+def test_token_ids_reach_the_hierarchies():
+    attached = hf.attach(make(), SMALL)
+    embeddings = torch.randn(1, 5, 32)
+    with pytest.raises(ValueError, match="tokens: expected ids"):
+        attached(inputs_embeds=embeddings)
+    hf.attach(hf.detach(attached), EXACT)(inputs_embeds=embeddings)  # nothing counts them here
 
 
 def test_saved_and_loaded(family, tmp_path):
@@ -206,9 +234,9 @@ def test_saved_and_loaded(family, tmp_path):
             weight.add_(torch.randn_like(weight), alpha=0.05)
     attached.save_pretrained(tmp_path)
     hf.save(attached, tmp_path)
-    assert hf._attachment(attached).config == SMALL
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert hf.load(again, tmp_path) is again
+    assert hf.hierarchies(again)[0].config == SMALL
     ids = torch.randint(2, 61, (2, 33))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, attached(ids).logits, rtol=0, atol=0)
@@ -265,6 +293,11 @@ def test_rotation_is_the_models(family):
     cos, sin = rotary(x, position)
     expected, _ = module.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     torch.testing.assert_close(rotate(rotary, x, position[..., None].double()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_configurations_are_refused():
+    with pytest.raises(ValueError, match="config: expected a HierarchyConfig, got Config"):
+        hf.attach(make(), harmony.Config(dim=32))
 
 
 def test_families_are_refused_by_name():

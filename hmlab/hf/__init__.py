@@ -7,8 +7,13 @@
 
 Families: Llama, Qwen2, Qwen3, GPT-NeoX, OPT. Their own weights stay in use and in place: the hierarchy gets the
 queries, keys and values that attention would get, before they are rotated, and stands below each attention module as
-`hierarchy`, so its parameters are the model's (optimizers, `state_dict` and `Trainer` see them). They begin untrained.
-With `ratios=(1,), retrieval="all"` the model computes what it computed before, to rounding.
+`hierarchy`, so its parameters are the model's (optimizers and `state_dict` see them). With `ratios=(1,),
+retrieval="all"` the model computes what it computed before, to rounding.
+
+Training: by the model's loss and what `hmlab.auxiliary.collect` gathers in the forward pass, everything or
+`hierarchies(model)` alone. With activation checkpointing, which runs layers twice, the backward pass belongs inside
+`collect` as well, and the price of a slot moves twice a step. Without training: `HierarchyConfig(policy="density",
+codec="mean_pool", family="hyperplane", sinks=0)`, or other codecs and families that learn nothing.
 
 How: `hmlab.hf.attention` is registered with transformers' `AttentionInterface` and `AttentionMaskInterface`; it states
 why nothing of a model's code is replaced. `hmlab.hf.cache` holds the states.
@@ -31,8 +36,7 @@ from transformers import PreTrainedModel
 
 from hmlab import atomic
 from hmlab.hf import attention
-from hmlab.memories.harmony.config import HierarchyConfig
-from hmlab.memories.harmony.hierarchy import Hierarchy
+from hmlab.memories.harmony import Hierarchy, HierarchyConfig
 from hmlab.registry import from_fields
 
 # Families by `config.model_type`, and what their layers call their attention.
@@ -58,6 +62,8 @@ def attach(model: PreTrainedModel, config: HierarchyConfig) -> PreTrainedModel:
     Raises ValueError for a model that cannot be served or is attached already.
     """
     decoder = _decoder(model)
+    if type(config) is not HierarchyConfig:
+        raise ValueError(f"config: expected a HierarchyConfig, got {type(config).__name__}")
     if hasattr(decoder, "_hmlab_attachment"):
         raise ValueError("model: expected one without a hierarchy (detach it first), got one with")
     _check(decoder)
@@ -65,7 +71,7 @@ def attach(model: PreTrainedModel, config: HierarchyConfig) -> PreTrainedModel:
     for module in _attentions(decoder):
         hierarchy = Hierarchy(
             config, heads=heads, kv_heads=getattr(model.config, "num_key_value_heads", heads),
-            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads, normalised=False,
+            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
         )  # fmt: skip
         weight = next(module.parameters())
         module.hierarchy = hierarchy.to(weight.device, model.dtype).train(module.training)
