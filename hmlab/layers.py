@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hmlab.memory import document_positions
@@ -45,13 +45,13 @@ class Documents:
         self.number = number.masked_fill(~valid, -1).gather(1, self._order)
         self.position = (position - 1).gather(1, self._order)
 
-    def pack(self, x: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
+    def pack(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
         """Padding goes to the end of its row; what it held, even NaN, is gone."""
         if self.valid is None:
             return x
         return _rows(torch.where(_like(self.valid, x), x, 0), self._order)
 
-    def unpack(self, y: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
+    def unpack(self, y: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
         """Tokens go back to where they came from; zero at padding."""
         if self.valid is None:
             return y
@@ -119,13 +119,19 @@ def merge_heads(x: Float[Tensor, "batch heads time head_dim"]) -> Float[Tensor, 
 def rotate(x: Float[Tensor, "batch heads time head_dim"], position: Int[Tensor, "batch time"], base: float
            ) -> Float[Tensor, "batch heads time head_dim"]:
     """Rotary positions (Su et al. 2021): channel pair (i, i + D/2) turned by position · base^(-2i/D) radians."""
+    return rotation(x, position[:, None], base)
+
+
+def rotation(x: Float[Tensor, "*rows head_dim"], position: Shaped[Tensor, "*#rows"], base: float
+             ) -> Float[Tensor, "*rows head_dim"]:
+    """`rotate` in any layout: a position for each vector of x, or one that broadcasts; not always a whole number."""
     half = x.shape[-1] // 2
-    # Angles of far positions need more digits than bfloat16 has.
+    # A position near a million has no digits left for its angle in float32.
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = position.double()[..., None] * frequency
     precise = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=precise) / half)
-    angle = position[:, None, :, None] * frequency
     left, right = x.to(precise).chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(precise), angle.sin().to(precise)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
 

@@ -29,6 +29,7 @@ _BUILT_IN = {
     "transformer-xl": "hmlab.memories.transformer_xl:Config",
     "recurrent": "hmlab.memories.recurrent:Config",
     "gated-linear": "hmlab.memories.gated_linear:Config",
+    "harmony": "hmlab.memories.harmony:Config",
 }
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hmlab import auxiliary
 from hmlab.diagnosis import Spike, diagnose
 from hmlab.progress import Progress
 from hmlab.tasks import Batch
@@ -207,11 +208,18 @@ def train(model: nn.Module, data: Data, config: Config, *, seed: int = 0, progre
 
 
 def total_loss(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
-    """The sum over the targets that count of the cross-entropy in nats; a scalar."""
-    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    """The sum over the targets that count of the cross-entropy in nats; a scalar.
+
+    In training mode, plus what the memories ask for besides (`hmlab.auxiliary`), which counts for every target.
+    """
+    with (
+        torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        (auxiliary.collect() if model.training else nullcontext({})) as asked,
+    ):
         logits, _ = model(batch.tokens, reset=batch.reset, valid=batch.valid)
     targets = batch.targets.masked_fill(~batch.mask, -100)  # what cross_entropy ignores
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss + sum(asked.values()) * batch.mask.sum() if asked else loss
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], precision: str = "float32") -> float:

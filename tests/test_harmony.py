@@ -1,0 +1,312 @@
+"""HARMONY's own promises: exact at ratio 1, every token in one place, bounded, and what the choices do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmlab import auxiliary
+from hmlab.hashing import NOWHERE
+from hmlab.information import DENSITIES
+from hmlab.memories.harmony import Config, Hierarchy, HierarchyConfig
+from hmlab.memories.harmony.compression import Compressor
+from hmlab.memories.harmony.retriever import elect
+from hmlab.record import VOCABULARY, record
+from hmlab.testing import check_memory
+
+SMALL = {"dim": 16, "heads": 2, "window": 6, "segment": 4, "ratios": (1, 2, 4), "budget": 2.0, "capacity": 64,
+         "picks": 3, "tables": 2, "bits": 3, "probes": 2, "candidates": 16, "sinks": 2, "query_block": 2,
+         "table": 16, "bigram_table": 16}  # fmt: skip
+FAMILIES = ("learned", "hyperplane", "cross_polytope", "p_stable", "mixture", "tree", "minhash")
+
+
+def built(**fields):
+    torch.manual_seed(0)
+    return Config(**{**SMALL, **fields}).build().eval()
+
+
+def inputs(time=41, batch=2, dim=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, time, dim, generator=generator, dtype=dtype)
+    return x, torch.randint(64, (batch, time), generator=generator)
+
+
+def attention(memory, x):
+    """Full causal attention with the same projections."""
+    h = memory.hierarchy
+    scale = memory.log_scale.exp().repeat_interleave(h.heads // h.kv_heads)
+    q = F.normalize(memory.query(x).unflatten(-1, (h.heads, -1)), dim=-1) * scale[:, None]
+    k, v = memory.key_value(x).unflatten(-1, (2, h.kv_heads, -1)).unbind(2)
+    k = F.normalize(k, dim=-1)
+    position = torch.arange(x.shape[1], dtype=torch.float64).expand(len(x), -1)[..., None]
+    q, k = memory._rotate(q, position), memory._rotate(k, position)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+    return memory.output(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"sinks": 0}, {"sinks": 5}, {"window": 1}, {"window": 7, "segment": 3}, {"kv_heads": 1},
+    {"window": 64, "segment": 64}, {"retrieval": "exact", "picks": 41, "sharing": "none"},
+])  # fmt: skip
+def test_ratio_1_with_all_slots_is_causal_attention(fields):
+    memory = built(**{"ratios": (1,), "budget": 1.0, "retrieval": "all", **fields})
+    x, tokens = inputs(130 if fields.get("segment") == 64 else 41)
+    with torch.no_grad():
+        y, _ = memory(x, tokens=tokens)
+        assert (y - attention(memory, x)).abs().max() < 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(window=st.integers(1, 20), segment=st.sampled_from([2, 4, 8]), sinks=st.integers(0, 9),
+       ratio=st.sampled_from([1, 2]), time=st.integers(1, 64), cut=st.integers(0, 64))  # fmt: skip
+def test_every_token_is_in_exactly_one_place(window, segment, sinks, ratio, time, cut):
+    """With queries of zero every token weighs the same, so the mean of one-hot values counts where tokens are."""
+    config = HierarchyConfig(window=window, segment=segment, sinks=sinks, ratios=(ratio, segment), budget=ratio,
+                             retrieval="all", spread=False, densities=())  # fmt: skip
+    torch.manual_seed(0)
+    hierarchy = Hierarchy(config, heads=1, kv_heads=1, head_dim=time).eval()
+    k, v = torch.randn(1, time, 1, time), torch.eye(time)[None, :, None]
+    q, cut = torch.zeros_like(k), min(cut, time)
+    state, parts = None, []
+    with torch.no_grad():
+        for part in (slice(0, cut), slice(cut, time)):
+            out, state = hierarchy(q[:, part], k[:, part], v[:, part], state)
+            parts.append(out)
+    share = torch.cat(parts, 1)[0, :, 0]
+    want = torch.ones(time, time).tril() / torch.arange(1, time + 1)[:, None]
+    torch.testing.assert_close(share, want, atol=2e-6, rtol=0)
+
+
+def test_the_oldest_slots_are_forgotten_and_the_state_stops_growing():
+    memory = built(capacity=9, retrieval="all", ratios=(2,), budget=2.0)
+    x, tokens = inputs(200)
+    with torch.no_grad():
+        y, whole = memory(x, tokens=tokens)
+        state, bytes_at, parts = None, {}, []
+        for t in range(0, 200, 10):
+            part, state = memory(x[:, t : t + 10], state, tokens=tokens[:, t : t + 10])
+            parts.append(part)
+            bytes_at[t] = memory.state_bytes(state)
+    assert bytes_at[190] == bytes_at[60] > bytes_at[0]
+    assert (torch.cat(parts, 1) - y).abs().max() < 1e-5
+    assert (state.slots + state.dropped).tolist() == [100, 100]
+    assert torch.equal(whole.slot_segment, state.slot_segment)
+    # What was forgotten is not read: the far past may change without a trace.
+    with torch.no_grad():
+        other, _ = memory(torch.cat((x[:, :2], -x[:, 2:100], x[:, 100:]), 1), tokens=tokens)
+    assert (other[:, 150:] - y[:, 150:]).abs().max() < 1e-6
+    assert (other[:, 110] - y[:, 110]).abs().max() > 1e-3
+
+
+def test_all_candidates_and_all_picks_are_all_slots():
+    x, tokens = inputs(60)
+    with torch.no_grad():
+        want = built(retrieval="all")(x, tokens=tokens)[0]
+        for fields in ({"retrieval": "exact"}, {"sharing": "heads", "retrieval": "exact"},
+                       {"bits": 1, "probes": 2, "candidates": 400}):  # one bit and its flip: every slot
+            torch.manual_seed(0)
+            memory = Config(**{**SMALL, "picks": 64, **fields}).build().eval()
+            memory.load_state_dict(built(retrieval="all").state_dict(), strict=False)
+            got = memory(x, tokens=tokens)[0]
+            assert (got - want).abs().max() < 1e-5, fields
+
+
+def test_a_block_reads_what_the_block_before_votes_for():
+    memory = built(sharing="block", retrieval="exact", picks=2)
+    x, tokens = inputs(41)
+    with torch.no_grad(), record(memory, {"retrieval_index"}) as recording:
+        memory(x, tokens=tokens)
+        index = recording.dataset()["retrieval_index"].values[0]
+    assert (index[:, 0:40:2] == index[:, 1:41:2]).all()
+    assert (index[:, 20:] >= 0).all()
+    x[:, 33] += 10  # inside the block of 32 and 33: it changes what the next block reads, not what its own does
+    with torch.no_grad(), record(memory, {"retrieval_index"}) as recording:
+        memory(x, tokens=tokens)
+        other = recording.dataset()["retrieval_index"].values[0]
+    assert (other[:, :34] == index[:, :34]).all()
+
+
+def test_votes_are_counted_once_for_each_voter():
+    index = torch.tensor([[3, 1, 3, -1, 2, 1, 3]])
+    score = torch.tensor([[0.0, 1.0, 0.0, 99.0, 1.2, -torch.inf, 0.0]])
+    # 3: log 3 = 1.10; 1: 1.0; 2: 1.2
+    assert elect(index, score, 2).tolist() == [[2, 3]]
+    assert elect(index, score, 5).tolist() == [[2, 3, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_no_density_looks_ahead(density):
+    check_memory(Config(**{**SMALL, "densities": (density,), "policy": "density"}), only=["future", "step", "split"],
+                 dtypes=[torch.float32])  # fmt: skip
+    check_memory(Config(**{**SMALL, "densities": (density,)}), only=["future"], dtypes=[torch.float32])
+
+
+@pytest.mark.parametrize("sharing", ["none", "heads", "block"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_looks_ahead(family, sharing):
+    fields = {**SMALL, "family": family, "sharing": sharing, "kv_heads": 1 if sharing == "heads" else None}
+    check_memory(Config(**fields), only=["future", "step", "split", "packed"], dtypes=[torch.float32])
+
+
+@pytest.mark.parametrize("codec", ["mean_pool", "strided_convolution", "k_means"])
+def test_other_codecs_keep_the_contract(codec):
+    check_memory(Config(**{**SMALL, "codec": codec, "sinks": 0}), only=["future", "step", "split"],
+                 dtypes=[torch.float32])  # fmt: skip
+
+
+def test_reduced_dimensions_and_no_phase():
+    check_memory(Config(**{**SMALL, "reduced": 4, "phase": False, "fallback": 0.9}), only=["future", "step", "split"],
+                 dtypes=[torch.float32])  # fmt: skip
+
+
+def test_dense_segments_get_more_slots_by_the_density_policy():
+    config = HierarchyConfig(segment=16, window=16, ratios=(1, 2, 4, 8, 16), budget=4.0, policy="density",
+                             densities=("surprisal",), retrieval="all", table=64, sinks=0)  # fmt: skip
+    hierarchy = Hierarchy(config, heads=1, kv_heads=1, head_dim=8).eval()
+    generator = torch.Generator().manual_seed(0)
+    segments = [torch.full((16,), 7) if n % 2 else torch.randint(64, (16,), generator=generator) for n in range(40)]
+    tokens = torch.cat(segments)[None]
+    q = torch.randn(1, tokens.shape[1], 1, 8, generator=generator)
+    with torch.no_grad():
+        _, state = hierarchy(q, q, q, tokens=tokens)
+    number = torch.bincount(state.slot_segment[0], minlength=40)
+    assert number[10::2].float().mean() > 2 * number[11::2].float().mean()
+
+
+@pytest.mark.parametrize("budget", [4.0, 8.0, 32.0])
+def test_the_learned_policy_meets_its_budget(budget):
+    """Half of the segments repeat one key; to halve their slots costs nothing, so the others get them."""
+    config = HierarchyConfig(segment=64, window=64, ratios=(2, 4, 8, 16, 32, 64), budget=budget, sinks=0,
+                             densities=(), controller_rate=0.05)  # fmt: skip
+    torch.manual_seed(0)
+    compressor = Compressor(config, kv_heads=1, head_dim=8).train()
+    optimizer = torch.optim.Adam(compressor.parameters(), 1e-2)
+    statistics = compressor.init_statistics(4, "cpu")
+    spent = []
+    for step in range(300):
+        k = F.normalize(torch.randn(4, 8, 64, 1, 8), dim=-1)
+        k[:, ::2] = k[:, ::2, :1] * 0.999 + 0.001 * k[:, ::2]
+        v = torch.cat((k[..., :4], k[..., 4:]), -1)
+        with auxiliary.collect() as losses:
+            made = compressor(k.flatten(1, 2), v.flatten(1, 2), None, torch.ones(4, 8, dtype=torch.bool),
+                              torch.zeros(4, 8, dtype=torch.int64), torch.arange(8).expand(4, 8), statistics,
+                              torch.zeros(4, 2))  # fmt: skip
+        optimizer.zero_grad()
+        losses["compression"].backward()
+        optimizer.step()
+        if step >= 200:
+            spent.append(made.count.float())
+    spent = torch.stack(spent).mean((0, 1))
+    assert 64 / spent.mean() == pytest.approx(budget, rel=0.25)
+    assert spent[1::2].mean() > spent[::2].mean()
+
+
+def test_recorded_are_all_the_names_that_views_read():
+    memory = built()
+    x, tokens = inputs(80)
+    with torch.no_grad(), record(memory) as recording:
+        memory(x, tokens=tokens)
+    seen = recording.dataset()
+    names = {"density_bits", "ratio", "bucket", "retrieval_index", "retrieval_score", "confidence", "hit_share", "tier",
+             "provenance"}  # fmt: skip
+    assert names <= set(seen) and names <= set(VOCABULARY)
+    share = seen["hit_share"].isel(layer=0)
+    assert share.sum("tiers").values == pytest.approx(1, abs=1e-5)
+    assert share.sel(tiers="slots").values[:, :9].max() == 0  # the first segment leaves the window at token 9
+    assert share.sel(tiers="slots").values[:, 40:].max() > 0.01
+    index, source = seen["retrieval_index"].values[0], seen["provenance"].values[0]
+    assert ((index >= 0) == (source >= 0)).all()
+    late = source[:, 60][source[:, 60] >= 0]
+    assert len(late) and (late % 4 == 0).all() and (late + 4 <= (60 - 5) // 4 * 4).all()
+    ends = seen["ratio"].notnull().values[0]
+    assert (ends == (torch.arange(80) % 4 == 3).numpy()).all()
+    confidence = seen["confidence"].values
+    assert (confidence <= 1).all() and confidence[..., 40:, :].min() > 0
+
+
+def test_confidence_falls_with_what_is_not_read():
+    x, tokens = inputs(400)
+    means = []
+    for picks in (1, 8, 300):
+        memory = built(retrieval="exact", picks=picks, capacity=1000, confidence=32, spread=False)
+        with torch.no_grad(), record(memory, {"confidence", "hit_share"}) as recording:
+            memory(x, tokens=tokens)
+        means.append(float(recording.dataset()["confidence"].values[..., 200:, :].mean()))
+    assert means[0] < means[1] < means[2] == 1
+
+
+def test_the_retrieval_loss_teaches_codes():
+    torch.manual_seed(0)
+    memory = Config(**{**SMALL, "capacity": 400, "densities": (), "ratios": (2,), "bits": 4, "tables": 4}).build().train()
+    x, _ = inputs(200)
+    optimizer = torch.optim.Adam(memory.hierarchy.retriever.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        with auxiliary.collect() as asked:
+            memory(x)
+        optimizer.zero_grad()
+        asked["retrieval"].backward()
+        optimizer.step()
+        losses.append(float(asked["retrieval"]))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    memory = Config(**{**SMALL, "densities": ("surprisal", "cross_entropy")}).build().train()
+    x, tokens = inputs(60)
+    with auxiliary.collect() as asked:
+        y, _ = memory(x, tokens=tokens)
+    (y.square().mean() + sum(asked.values())).backward()
+    for name, parameter in memory.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_far_positions_keep_their_angle():
+    """Attention depends on distances alone, so a document may lie anywhere; float32 angles would not let it."""
+    memory = built(ratios=(1,), budget=1.0, retrieval="all")
+    x, _ = inputs(2)
+    x = F.normalize(x.unflatten(-1, (2, 8)), dim=-1)
+    near, far = (memory._rotate(x, torch.tensor([[p], [p + 3]], dtype=torch.float64).T[..., None]) for p in (0, 10**7))
+    for a, b in ((near, near), (far, far)):
+        assert a.shape == b.shape
+    torch.testing.assert_close((near[:, 0] * near[:, 1]).sum(-1), (far[:, 0] * far[:, 1]).sum(-1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.unchecked
+def test_wrong_settings_are_refused_by_name():
+    for fields, message in (
+        ({"ratios": (3,)}, "ratios: expected divisors of the segment"),
+        ({"ratios": (4, 2)}, "ratios: expected rising numbers"),
+        ({"budget": 9.0}, "budget: expected 1 to 4"),
+        ({"policy": "none"}, "policy: expected one of"),
+        ({"codec": "mean_pool"}, "sinks: expected 0 with codec"),
+        ({"sharing": "block", "query_block": 3}, "query_block: expected a divisor"),
+        ({"candidates": 3}, "candidates: expected at least"),
+        ({"densities": ("none",)}, "densities: expected some of"),
+        ({"window": 0}, "window: expected at least 1"),
+        ({"kv_heads": 3}, "kv_heads: expected a divisor"),
+        ({"fallback": 2.0}, "fallback: expected 0 to 1"),
+        ({"dim": 15}, "dim: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config(**{**SMALL, **fields})
+    memory = built()
+    with pytest.raises(ValueError, match="tokens: expected ids"):
+        memory(inputs()[0])
+
+
+def test_codes_of_places_without_slots_find_nothing():
+    memory = built()
+    x, tokens = inputs(20, batch=2)
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 8:] = False
+    with torch.no_grad():
+        _, state = memory(x, tokens=tokens, valid=valid)
+    assert state.slots[1] < state.slots[0] == state.slot_segment.shape[1]
+    assert (state.codes[1, state.slots[1] :] == NOWHERE).all()
+    assert (state.slot_bias[1, state.slots[1] :] == -math.inf).all()
