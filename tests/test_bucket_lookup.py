@@ -55,6 +55,31 @@ def test_a_full_bucket_gives_its_newest_available_slots(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("available", [None, torch.tensor([[0, 2, 4, 17, 40, 99]])])
+def test_slots_that_are_too_old_are_no_candidates(impl, available):
+    """One bucket holds all: of the newest four that are there, those that are not too old."""
+    made = _call(codes=torch.zeros(1, 6, 2, 1, 1, dtype=torch.int32), candidates=4, available=available)
+    made |= {"buckets": buckets(torch.zeros(1, 40, 1, 1, dtype=torch.int32)), "oldest": torch.tensor([[38] * 6])}
+    made["oldest"][0, 1:5] = torch.tensor([1, -3, 20, 39])
+    got = bucket_lookup(**made, impl=impl)
+    ends = [40] * 6 if available is None else available[0].clamp(max=40).tolist()
+    for t, (end, oldest) in enumerate(zip(ends, made["oldest"][0].tolist(), strict=True)):
+        wanted = list(range(max(end - 4, oldest, 0), end))
+        assert got.found[0, t].tolist() == [len(wanted)] * 2
+        assert (got.index[0, t].sort().values == torch.tensor([-1] * (4 - len(wanted)) + wanted)).all()
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_nothing_is_too_old(impl):
+    made = _call()
+    plain = bucket_lookup(**made, impl=impl)
+    for x, y in zip(plain, bucket_lookup(**made, oldest=torch.full((1, 6), -4), impl=impl), strict=True):
+        assert torch.equal(x, y)
+    got = bucket_lookup(**made, oldest=torch.full((1, 6), 40), impl=impl)
+    assert (got.index == -1).all() and (got.score == -torch.inf).all() and not got.found.any()
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_later_slots_change_nothing(impl):
     made = _call()
     before = bucket_lookup(**made, impl=impl)
@@ -128,6 +153,10 @@ def test_gives_no_gradient():
         ({"buckets": Buckets(torch.zeros(1, 1, 3, 40).long())}, r"buckets: expected int64 keys \[1, 1, 2, 40\], got"),
         ({"bias": torch.zeros(1, 40)}, r"bias: expected floats \[1, 40, 1\], got torch.float32 \[1, 40\]"),
         ({"available": torch.zeros(1, 6)}, r"available: expected integers \[1, 6\], got torch.float32"),
+        ({"oldest": torch.zeros(1, 6)}, r"oldest: expected integers \[1, 6\], got torch.float32 \[1, 6\]"),
+        ({"oldest": torch.zeros(1, 6).bool()}, r"oldest: expected integers \[1, 6\], got torch.bool"),
+        ({"oldest": torch.zeros(1, 40).long()}, r"oldest: expected integers \[1, 6\], got torch.int64 \[1, 40\]"),
+        ({"oldest": torch.zeros(1, 6, device="meta").long()}, "oldest: expected a tensor on cpu, got one on meta"),
         ({"picks": 0}, "picks: expected at least 1, got 0"),
         ({"candidates": 3}, "candidates: expected one for each of 2 tables x 2 probes, got 3"),
         ({"cu_seqlens": torch.zeros(2)}, "cu_seqlens: expected a vector of int"),

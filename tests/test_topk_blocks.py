@@ -45,6 +45,42 @@ def test_votes_are_the_sum_of_exponentials(impl):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("query_block", [1, 4])
+def test_only_slots_that_are_not_too_old_vote(impl, query_block):
+    """Too old for a set is what is too old for its first query; such slots may hold anything."""
+    oldest = Draw(seed=2).integers(-3, 20, 1, 24)
+    made = _call(picks=6, groups=1, query_block=query_block, oldest=oldest)
+    index, score = topk_blocks(**made, impl=impl)
+    terms = torch.einsum("tud,jd->tuj", made["q"][0], made["k"][0, :, 0]) / 4
+    slot, partly = torch.arange(18), 0
+    for c in range(24 // query_block):
+        first = c * query_block
+        voters = slice(first, first + 1) if query_block == 1 else slice(max(first - 4, 0), first)
+        seen = (slot >= oldest[0, first]) & (made["visible"][0] <= first)
+        partly += int((seen.view(6, 3).any(1) & (slot < oldest[0, first]).view(6, 3).any(1)).sum())
+        wanted = (terms[voters].exp() * seen).sum((0, 1)).view(6, 3).sum(-1).log().sort(descending=True)
+        torch.testing.assert_close(score[0, c, 0], wanted.values)
+        count = int(wanted.values.isfinite().sum())
+        assert index[0, c, 0].tolist() == wanted.indices[:count].tolist() + [-1] * (6 - count)
+    assert partly
+    forgotten = torch.full((1, 24), 7)
+    before = topk_blocks(**made | {"oldest": forgotten}, impl=impl)
+    made["k"][:, :7] = torch.nan
+    for x, y in zip(before, topk_blocks(**made | {"oldest": forgotten}, impl=impl), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_nothing_is_too_old(impl):
+    made = _call()
+    plain = topk_blocks(**made, impl=impl)
+    for x, y in zip(plain, topk_blocks(**made, oldest=torch.full((1, 24), -4), impl=impl), strict=True):
+        assert torch.equal(x, y)
+    index, score = topk_blocks(**made, oldest=torch.full((1, 24), 18), impl=impl)
+    assert (index == -1).all() and (score == -torch.inf).all()
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_large_scores_do_not_overflow(impl):
     made = _call(scale=1e3)
     index, score = topk_blocks(**made, impl=impl)
@@ -102,6 +138,10 @@ def test_gives_no_gradient():
         ({"k": torch.zeros(1, 18, 1, 16).half()}, "k: expected q's dtype torch.float32, got torch.float16"),
         ({"bias": torch.zeros(1, 18)}, r"bias: expected floats \[1, 18, 1\], got torch.float32 \[1, 18\]"),
         ({"visible": torch.zeros(1, 18)}, r"visible: expected integers \[1, 18\], got torch.float32"),
+        ({"oldest": torch.zeros(1, 24)}, r"oldest: expected integers \[1, 24\], got torch.float32 \[1, 24\]"),
+        ({"oldest": torch.zeros(1, 24).bool()}, r"oldest: expected integers \[1, 24\], got torch.bool"),
+        ({"oldest": torch.zeros(1, 18).long()}, r"oldest: expected integers \[1, 24\], got torch.int64 \[1, 18\]"),
+        ({"oldest": torch.zeros(1, 24, device="meta").long()}, "oldest: expected a tensor on cpu, got one on meta"),
         ({"groups": 3}, "groups: expected a divisor of 2 heads, multiple of 1 kv heads, got 3"),
         ({"picks": 0}, "picks: expected at least 1, got 0"),
         ({"query_block": 0}, "query_block: expected at least 1, got 0"),

@@ -46,6 +46,7 @@ def bucket_lookup(
     candidates: int,
     bias: Float[Tensor, "batch slots kv_heads"] | None = None,
     available: Int[Tensor, "batch time"] | None = None,
+    oldest: Int[Tensor, "batch time"] | None = None,
     cu_seqlens: Int[Tensor, "sequences_and_one"] | None = None,
     cu_slots: Int[Tensor, "sequences_and_one"] | None = None,
     scale: float | None = None,
@@ -54,12 +55,13 @@ def bucket_lookup(
     """Look up the buckets of `codes` (int32, per table the codes to probe), rank what they hold, return the best.
 
     buckets: what `buckets` made of the slots' codes, with the same cu_slots. available: query t may read the slots
-    0 .. available[t] - 1 of its sequence; all if None. scale: dim^-0.5 if None. impl: one of `IMPLEMENTATIONS`; None
-    takes the device's default. Equal scores rank by slot, slots count from their sequence's first.
-    A score that is NaN counts as -inf, which is never picked; a key that names a slot which is not there is ignored.
-    Returns index and found in int32, score in at least float32. Deterministic. Raises ValueError by argument.
+    0 .. available[t] - 1 of its sequence; all if None. oldest: and of these none before oldest[t], as where slots are
+    forgotten first in, first out; the others are no candidates and are not counted. scale: dim^-0.5 if None. impl: one
+    of `IMPLEMENTATIONS`; None takes the device's default. Equal scores rank by slot, slots count from their sequence's
+    first. A score that is NaN counts as -inf, which is never picked; a key that names a slot which is not there is
+    ignored. Returns index and found in int32, score in at least float32. Deterministic. Raises ValueError by argument.
     """
-    _check(q, codes, k, buckets.keys, bias, available, cu_seqlens, cu_slots)
+    _check(q, codes, k, buckets.keys, bias, available, oldest, cu_seqlens, cu_slots)
     tables, probes = codes.shape[3:]
     _checks.check_integers(picks=picks, candidates=candidates)
     if picks < 1:
@@ -69,14 +71,14 @@ def bucket_lookup(
     impl = _dispatch.choose("bucket_lookup", impl, q.device.type, IMPLEMENTATIONS, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
-    arguments = (q, codes, k, buckets.keys, bias, available, cu_seqlens, cu_slots, picks, candidates, scale)
+    arguments = (q, codes, k, buckets.keys, bias, available, oldest, cu_seqlens, cu_slots, picks, candidates, scale)
     if impl == "reference":
         return Found(*reference.bucket_lookup(*arguments))
     return Found(*torch.ops.hmlab.bucket_lookup(*arguments, impl))
 
 
 def _check(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
-           cu_seqlens: Tensor | None, cu_slots: Tensor | None) -> None:
+           oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None) -> None:
     _checks.check_queries_and_slots(q, k, bias, cu_seqlens, cu_slots)
     if codes.ndim != 5 or codes.shape[:3] != q.shape[:3] or codes.dtype != torch.int32 or 0 in codes.shape[3:]:
         raise ValueError(
@@ -89,14 +91,18 @@ def _check(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | Non
         raise ValueError(
             f"available: expected integers {list(q.shape[:2])}, got {available.dtype} {list(available.shape)}"
         )
-    _checks.check_same_device(q, codes=codes, buckets=keys, available=available)
+    if oldest is not None and (
+        oldest.shape != q.shape[:2] or oldest.is_floating_point() or oldest.dtype == torch.bool
+    ):
+        raise ValueError(f"oldest: expected integers {list(q.shape[:2])}, got {oldest.dtype} {list(oldest.shape)}")
+    _checks.check_same_device(q, codes=codes, buckets=keys, available=available, oldest=oldest)
 
 
 @torch.library.custom_op("hmlab::bucket_lookup", mutates_args=())
 def _forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
-             cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int, scale: float, impl: str
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (q, codes, k, keys, bias, available, cu_seqlens, cu_slots, picks, candidates, scale)
+             oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int,
+             scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (q, codes, k, keys, bias, available, oldest, cu_seqlens, cu_slots, picks, candidates, scale)
     if impl == "eager":
         return eager.forward(*arguments)
     from . import fused  # triton may be missing
@@ -105,13 +111,13 @@ def _forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | N
 
 
 @_forward.register_fake
-def _(q, codes, k, keys, bias, available, cu_seqlens, cu_slots, picks, candidates, scale, impl):
+def _(q, codes, k, keys, bias, available, oldest, cu_seqlens, cu_slots, picks, candidates, scale, impl):
     index = q.new_empty((*q.shape[:3], picks), dtype=torch.int32)
     score = q.new_empty(index.shape, dtype=torch.promote_types(q.dtype, torch.float32))
     return index, score, index.new_empty(q.shape[:3])
 
 
-def _flops(q: tuple, codes: tuple, k: tuple, keys: tuple, bias, available, cu_seqlens, cu_slots, picks: int,
+def _flops(q: tuple, codes: tuple, k: tuple, keys: tuple, bias, available, oldest, cu_seqlens, cu_slots, picks: int,
            candidates: int, *_, **__) -> int:
     # The true scores of as many candidates as there may be.
     batch, time, heads, dim = q

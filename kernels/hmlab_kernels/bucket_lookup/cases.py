@@ -36,6 +36,14 @@ def _everything(draw: Draw) -> dict:
     return made | {"bias": draw.normal(2, 41, 2)}
 
 
+def _forgetful(draw: Draw, keep: int, **made) -> dict:
+    """A call of which each query may read the newest `keep` of the slots that are there for it; none if 0."""
+    slots = made["k"].shape[1]
+    if made["available"] is None:
+        return made | {"oldest": torch.full(made["q"].shape[:2], slots - keep, device=draw.device)}
+    return made | {"oldest": made["available"] - keep}
+
+
 def _most(draw: Draw) -> dict:
     return inputs(draw, 1, 1, 2, 16, 300, kv_heads=1, tables=4, probes=4, bits=2, candidates=256, picks=32)
 
@@ -104,6 +112,13 @@ CASES = [
         "wide head": lambda d: inputs(d, 1, 3, 2, 256, 20, kv_heads=1),
         "packed": _packed,
         "strided": _strided,
+        "slots forgotten": lambda d: _forgetful(d, 6, **_everything(d)),
+        "slots forgotten, all available": lambda d: _forgetful(
+            d, 9, **inputs(d, 1, 2, 2, 64, 300, kv_heads=1, tables=4, probes=4, bits=2, candidates=256, available=None)
+        ),
+        "slots forgotten, packed": lambda d: _packed(d) | {"oldest": d.integers(-2, 16, 1, 14).int()},
+        "slots forgotten, strided": lambda d: _strided(d) | {"oldest": d.integers(0, 25, 9, 2).T},
+        "all slots forgotten": lambda d: _forgetful(d, 0, **inputs(d, 1, 7, 2, 16, 30)),
         "ties": _ties,
     }.items()
 ]

@@ -12,8 +12,8 @@ _GATHERED = 1 << 19
 
 
 def forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
-            cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int, scale: float
-            ) -> tuple[Tensor, Tensor, Tensor]:
+            oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int,
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, heads, dim = q.shape
     index = torch.full((batch, time, heads, picks), -1, dtype=torch.int32, device=q.device)
     score = torch.full(index.shape, -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -27,13 +27,15 @@ def forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | No
         for a in range(at.start, at.stop, chunk):
             t = slice(a, min(a + chunk, at.stop))
             limit = None if available is None else available[row, t]
-            slots = _candidates(codes[row, t], own_keys, limit, candidates)
+            least = None if oldest is None else oldest[row, t]
+            slots = _candidates(codes[row, t], own_keys, limit, least, candidates)
             _rank(q[row, t], slots, own_k, own_bias, keys.shape[1], scale, index[row, t], score[row, t], found[row, t])
     return index, score, found
 
 
-def _candidates(codes: Tensor, keys: Tensor, limit: Tensor | None, candidates: int) -> Tensor:
-    """[queries, heads, candidates] slots, rising, each once; the number of slots where there is no further one."""
+def _candidates(codes: Tensor, keys: Tensor, limit: Tensor | None, least: Tensor | None, candidates: int) -> Tensor:
+    """[queries, heads, candidates] slots, least <= slot < limit, rising, each once; the number of slots where there is
+    no further one."""
     queries, heads, tables, probes = codes.shape
     kv_heads, _, slots = keys.shape
     each = candidates // (tables * probes)
@@ -46,6 +48,8 @@ def _candidates(codes: Tensor, keys: Tensor, limit: Tensor | None, candidates: i
     key = keys.gather(2, place.clamp(min=0).flatten(2)).view(place.shape)
     slot = key & 0xFFFFFFFF
     member = (place >= 0) & ((key >> 32) == codes[..., None]) & (slot < limit[:, None, None, None])
+    if least is not None:  # the newest were taken first, so nothing that may be read was passed over
+        member &= slot >= least[:, None, None, None]
     slot = torch.where(member, slot, slots).permute(2, 0, 3, 1, 4, 5).reshape(queries, heads, -1)
     slot = slot.sort(dim=-1).values
     slot[..., 1:].masked_fill_(slot[..., 1:] == slot[..., :-1].clone(), slots)

@@ -38,8 +38,8 @@ def sizes(lanes: int, each: int, dim: int, picks: int) -> dict[str, int]:
 
 
 def forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
-            cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int, scale: float
-            ) -> tuple[Tensor, Tensor, Tensor]:
+            oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int,
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if candidates > _MOST_CANDIDATES:
         raise ValueError(f"candidates: 'fused' expected at most {_MOST_CANDIDATES}, got {candidates}")
     batch, time, heads, dim = q.shape
@@ -59,24 +59,26 @@ def forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | No
     size = sizes(tables * probes, each, dim, picks)
     with on(q):
         _lookup[(triton.cdiv(batch * time, size["QUERIES"]), heads)](
-            q, codes, k, keys, bias, available, owner, cu_slots, index, score, found, scale, batch * time, time,
+            q, codes, k, keys, bias, available, oldest, owner, cu_slots, index, score, found, scale, batch * time, time,
             k.shape[1], k.shape[1].bit_length(), heads // k.shape[2], dim, picks, each, tables * probes, probes,
             *q.stride()[:3], *codes.stride(), *k.stride()[:3], *keys.stride()[:3],
             *(bias.stride() if bias is not None else (0, 0, 0)),
             *(available.stride() if available is not None else (0, 0)),
-            HAS_BIAS=bias is not None, HAS_AVAILABLE=available is not None, PACKED=owner is not None, **size,
-            num_warps=4,
+            *(oldest.stride() if oldest is not None else (0, 0)),
+            HAS_BIAS=bias is not None, HAS_AVAILABLE=available is not None, HAS_OLDEST=oldest is not None,
+            PACKED=owner is not None, **size, num_warps=4,
         )  # fmt: skip
     return index, score, found
 
 
 @triton.jit
 def _lookup(
-    q, codes, k, keys, bias, available, owner, cu_slots, index, score, found, scale, tokens, time, slots, search_steps,
-    group_heads, dim, picks, each, lanes, probes, q_row, q_time, q_head, code_row, code_time, code_head, code_table,
-    code_probe, k_row, k_slot, k_head, key_row, key_head, key_table, bias_row, bias_slot, bias_head, available_row,
-    available_time, HAS_BIAS: tl.constexpr, HAS_AVAILABLE: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr,
-    LANES: tl.constexpr, RUN: tl.constexpr, KEEP: tl.constexpr, FEATURES: tl.constexpr,
+    q, codes, k, keys, bias, available, oldest, owner, cu_slots, index, score, found, scale, tokens, time, slots,
+    search_steps, group_heads, dim, picks, each, lanes, probes, q_row, q_time, q_head, code_row, code_time, code_head,
+    code_table, code_probe, k_row, k_slot, k_head, key_row, key_head, key_table, bias_row, bias_slot, bias_head,
+    available_row, available_time, oldest_row, oldest_time, HAS_BIAS: tl.constexpr, HAS_AVAILABLE: tl.constexpr,
+    HAS_OLDEST: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr,
+    KEEP: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = LANES * RUN
     token = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
@@ -120,6 +122,9 @@ def _lookup(
     key = tl.load(base[:, :, None] + place, mask=inside, other=0)
     named = key & 0xFFFFFFFF
     member = inside & ((key >> 32) == code[:, :, None]) & (named < limit[:, None, None])
+    if HAS_OLDEST:  # the newest were taken first, so nothing that may be read was passed over
+        least = tl.load(oldest + row * oldest_row + at * oldest_time, mask=real, other=0)
+        member = member & (named >= least.to(tl.int64)[:, None, None])
     slot = tl.where(member, named.to(tl.int32), _NO_SLOT)
 
     # Equal neighbours of the sorted candidates came from several tables.

@@ -10,7 +10,8 @@ from ..topk_blocks import sets
 
 
 def bucket_lookup(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, available: Tensor | None,
-                  cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int, scale: float
+                  oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int,
+                  candidates: int, scale: float
                   ) -> tuple[Int[Tensor, "batch time heads picks"], Float[Tensor, "batch time heads picks"],
                              Int[Tensor, "batch time heads"]]:  # fmt: skip
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -31,10 +32,11 @@ def bucket_lookup(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tenso
                 limit = of.stop - of.start
                 if available is not None:
                     limit = min(limit, int(available[row, t]))
+                least = 0 if oldest is None else int(oldest[row, t])
                 chosen = set()
                 for table in range(tables):
                     for code in codes[row, t, head, table].tolist():
-                        members = [slot for own, slot in entries[table] if own == code and slot < limit]
+                        members = [slot for own, slot in entries[table] if own == code and least <= slot < limit]
                         chosen.update(members[-each:])
                 found[row, t, head] = len(chosen)
                 chosen = sorted(chosen)

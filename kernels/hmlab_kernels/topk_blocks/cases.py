@@ -37,6 +37,14 @@ def _packed(draw: Draw, query_block: int, slot_block: int) -> dict:
     return made | {"cu_seqlens": draw.tensor(queries), "cu_slots": draw.tensor(slots, dtype=torch.int32)}
 
 
+def _forgetful(draw: Draw, keep: int, **made) -> dict:
+    """A call of which each query may read the newest `keep` of the slots that lie before it; none if 0."""
+    batch, time = made["q"].shape[:2]
+    slots = made["k"].shape[1]
+    oldest = draw.tensor([(t + 1) * slots // time - keep for t in range(time)])
+    return made | {"oldest": oldest.repeat(batch, 1)}
+
+
 def _strided(draw: Draw) -> dict:
     made = inputs(draw, 2, 7, 2, 16, 21, slot_block=4)
     made["q"] = draw.normal(2, 2, 16, 7).permute(0, 3, 1, 2)
@@ -61,8 +69,8 @@ def _near(name: str, got: Tensor, expected: Tensor, given: dict) -> Tensor | Non
         return different
     floats = {n: x.double() for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
     heads, dim = given["q"].shape[2:]
-    options = {"bias": None, "visible": None, "cu_seqlens": None, "cu_slots": None, "groups": heads, "query_block": 1,
-               "slot_block": 1, "scale": dim**-0.5} | given | floats  # fmt: skip
+    options = {"bias": None, "visible": None, "oldest": None, "cu_seqlens": None, "cu_slots": None, "groups": heads,
+               "query_block": 1, "slot_block": 1, "scale": dim**-0.5} | given | floats  # fmt: skip
     options.pop("picks")
     every = reference.votes(**options)
     vote = [torch.where(i < 0, -torch.inf, every.gather(3, i.long().clamp(min=0))) for i in (got, expected)]
@@ -87,6 +95,19 @@ CASES = [
         "packed queries": lambda d: _packed(d, 1, 8),
         "packed query blocks": lambda d: _packed(d, 4, 3),
         "strided": _strided,
+        "slots forgotten": lambda d: _forgetful(d, 7, **inputs(d, 2, 31, 2, 80, 150, picks=3)),
+        "slots forgotten within blocks": lambda d: _forgetful(
+            d, 10, **inputs(d, 1, 61, 4, 20, 47, kv_heads=2, picks=3, groups=2, query_block=6, slot_block=3)
+        ),
+        "slots forgotten, few queries": lambda d: _forgetful(
+            d, 90, **inputs(d, 1, 3, 1, 16, 260, picks=2, visible=None)
+        ),
+        "slots forgotten, in no order": lambda d: inputs(
+            d, 1, 40, 2, 16, 150, picks=3, query_block=2, oldest=d.integers(-5, 160, 40, 1).T
+        ),
+        "slots forgotten, packed": lambda d: _packed(d, 4, 3) | {"oldest": d.integers(-2, 12, 1, 40)},
+        "slots forgotten, packed queries": lambda d: _packed(d, 1, 2) | {"oldest": d.integers(-2, 12, 1, 40).int()},
+        "all slots forgotten": lambda d: _forgetful(d, 0, **inputs(d, 1, 12, 2, 16, 30, picks=2)),
         "ties": _ties,
     }.items()
 ]

@@ -11,9 +11,9 @@ from . import sets
 _SCORES = 1 << 20
 
 
-def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
-            cu_slots: Tensor | None, picks: int, groups: int, query_block: int, slot_block: int,
-            scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, oldest: Tensor | None,
+            cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, groups: int, query_block: int,
+            slot_block: int, scale: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, time = q.shape[:2]
     documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -27,20 +27,23 @@ def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, c
         if count and of.stop > of.start:
             _sequence(
                 q[row, at].to(dtype), k[row, of].to(dtype), None if bias is None else bias[row, of].to(dtype),
-                None if visible is None else visible[row, of], query_block, slot_block, scale,
+                None if visible is None else visible[row, of],
+                None if oldest is None else oldest[row, at][::query_block], query_block, slot_block, scale,
                 index[row, done : done + count], score[row, done : done + count],
             )  # fmt: skip
         done += count
     return index, score
 
 
-def _sequence(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, query_block: int, slot_block: int,
-              scale: float, index: Tensor, score: Tensor) -> None:
-    """Write the picks of one sequence's sets."""
+def _sequence(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, oldest: Tensor | None,
+              query_block: int, slot_block: int, scale: float, index: Tensor, score: Tensor) -> None:
+    """Write the picks of one sequence's sets; oldest: of each set."""
     slots = k.shape[0]
     count, picks = index.shape[0], index.shape[-1]
     firsts = torch.arange(count, device=q.device) * query_block
-    ends = [slots] * count
+    begins, ends = [0] * count, [slots] * count
+    if oldest is not None:
+        begins = oldest.clamp(0, slots).tolist()
     if visible is not None:
         one = torch.zeros_like(firsts)
         ends = sets.reach(visible, torch.tensor([0, slots], device=q.device), one, firsts).tolist()
@@ -48,22 +51,29 @@ def _sequence(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None,
     chunk = max(1, _SCORES // (query_block * q.shape[1] * slots))
     for a in range(behind, count, chunk):
         b = min(a + chunk, count)
-        if ends[b - 1] == 0:
+        skipped = min(begins[a:b]) // slot_block  # blocks too old for all
+        begin, end = skipped * slot_block, min(-(-ends[b - 1] // slot_block) * slot_block, slots)
+        if begin >= end:
             continue
-        end = min(-(-ends[b - 1] // slot_block) * slot_block, slots)
-        hidden = None if visible is None else visible[:end, None] > firsts[a:b]
+        hidden = []
+        if visible is not None:
+            hidden.append(visible[begin:end, None] > firsts[a:b])
+        if oldest is not None:
+            hidden.append(torch.arange(begin, end, device=q.device)[:, None] < oldest[a:b])
         voters = q[(a - behind) * query_block : (b - behind) * query_block].unflatten(0, (b - a, query_block))
-        votes = _votes(voters, k[:end], None if bias is None else bias[:end], hidden, index.shape[1], slot_block, scale)
+        votes = _votes(
+            voters, k[begin:end], None if bias is None else bias[begin:end], hidden, index.shape[1], slot_block, scale
+        )
         # A stable sort leaves equal votes in the order of their blocks.
         best, order = votes.sort(dim=-1, descending=True, stable=True)
         best, order = best[..., :picks], order[..., :picks]
         score[a:b, :, : best.shape[-1]] = best
-        index[a:b, :, : best.shape[-1]] = torch.where(best > -torch.inf, order, -1)
+        index[a:b, :, : best.shape[-1]] = torch.where(best > -torch.inf, order + skipped, -1)
 
 
-def _votes(voters: Tensor, k: Tensor, bias: Tensor | None, hidden: Tensor | None, groups: int, slot_block: int,
+def _votes(voters: Tensor, k: Tensor, bias: Tensor | None, hidden: list[Tensor], groups: int, slot_block: int,
            scale: float) -> Tensor:
-    """[sets, voters, heads, dim], [slots, kv_heads, dim] -> [sets, groups, blocks]; hidden: [slots, sets]."""
+    """[sets, voters, heads, dim], [slots, kv_heads, dim] -> [sets, groups, blocks]; hidden: each [slots, sets]."""
     count, each, heads, _ = voters.shape
     slots, kv_heads = k.shape[:2]
     blocks = -(-slots // slot_block)
@@ -74,8 +84,8 @@ def _votes(voters: Tensor, k: Tensor, bias: Tensor | None, hidden: Tensor | None
     score = keys @ rows
     if bias is not None:
         score[:, :slots] += bias.T[..., None]
-    if hidden is not None:
-        score[:, :slots].unflatten(2, (count, -1)).masked_fill_(hidden[None, :, :, None], -torch.inf)
+    for mask in hidden:
+        score[:, :slots].unflatten(2, (count, -1)).masked_fill_(mask[None, :, :, None], -torch.inf)
     score[:, slots:] = -torch.inf
     score = score.unflatten(1, (blocks, slot_block)).logsumexp(2)
     score = score.view(kv_heads, blocks, count, each, groups // kv_heads, heads // groups).logsumexp((3, 5))

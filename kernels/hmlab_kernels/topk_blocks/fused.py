@@ -50,9 +50,9 @@ def sizes(count: int, members: int, dim: int, slot_block: int, picks: int) -> di
     }
 
 
-def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, cu_seqlens: Tensor | None,
-            cu_slots: Tensor | None, picks: int, groups: int, query_block: int, slot_block: int,
-            scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, oldest: Tensor | None,
+            cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, groups: int, query_block: int,
+            slot_block: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, time, heads, dim = q.shape
     slots, kv_heads = k.shape[1:3]
     packed = cu_seqlens is not None
@@ -75,12 +75,14 @@ def forward(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None, c
         best.fill_(ranking.EMPTY.value)
     with on(q):
         _votes[(tiles.shape[0], groups, splits)](
-            q, k, bias, visible, tiles, index, score, best, scale, picks, dim,
+            q, k, bias, visible, oldest, tiles, index, score, best, scale, picks, dim,
             *q.stride()[:3], *k.stride()[:3], *(bias.stride() if bias is not None else (0, 0, 0)),
             *(visible.stride() if visible is not None else (0, 0)),
+            *(oldest.stride() if oldest is not None else (0, 0)),
             QUERY_BLOCK=query_block, SLOT_BLOCK=slot_block, GROUP_HEADS=heads // groups,
             KV_GROUPS=groups // kv_heads, HAS_BIAS=bias is not None, HAS_VISIBLE=visible is not None,
-            SPLIT=splits > 1, **size, num_warps=8 if size["SETS"] * size["ROWS"] == 128 else 4,
+            HAS_OLDEST=oldest is not None, SPLIT=splits > 1, **size,
+            num_warps=8 if size["SETS"] * size["ROWS"] == 128 else 4,
         )  # fmt: skip
         if splits > 1:
             _merge[(batch * count * groups,)](
@@ -113,12 +115,12 @@ def _tiles(queries: Tensor, keys: Tensor, visible: Tensor | None, batch: int, co
 
 @triton.jit
 def _votes(
-    q, k, bias, visible, tiles, index, score, best_out, scale, picks, dim,
+    q, k, bias, visible, oldest, tiles, index, score, best_out, scale, picks, dim,
     q_row, q_time, q_head, k_row, k_slot, k_head, bias_row, bias_slot, bias_head, visible_row, visible_slot,
-    QUERY_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, GROUP_HEADS: tl.constexpr, KV_GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_VISIBLE: tl.constexpr, SPLIT: tl.constexpr, SETS: tl.constexpr, ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    oldest_row, oldest_time, QUERY_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr, GROUP_HEADS: tl.constexpr,
+    KV_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_OLDEST: tl.constexpr,
+    SPLIT: tl.constexpr, SETS: tl.constexpr, ROWS: tl.constexpr, ROW_TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     # Later tiles read more slots: they start first.
     info = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * 7
@@ -149,8 +151,15 @@ def _votes(
     if ROW_TILES == 1:  # the same rows at every step
         query = _query(q, voter, member % GROUP_HEADS, votes, q_time, q_head, dim, BLOCK_DIM)
     steps = tl.cdiv(tl.cdiv(reach, SLOT_BLOCK), BLOCKS)
-    share = tl.cdiv(steps, tl.num_programs(2))
-    start = tl.program_id(2) * share
+    skipped = 0
+    if HAS_OLDEST:
+        at = oldest + row * oldest_row + (begin + from_query) * oldest_time
+        least = tl.load(at, mask=of_set < holds, other=0).to(tl.int64)
+        # Steps whose slots are too old for all sets are left out.
+        skipped = tl.maximum(tl.min(tl.where(of_set < holds, least, 2**31), 0), 0) // (SLOT_BLOCK * BLOCKS)
+        skipped = tl.minimum(skipped, steps).to(tl.int32)
+    share = tl.cdiv(steps - skipped, tl.num_programs(2))
+    start = skipped + tl.program_id(2) * share
     best = tl.full([SETS, KEEP], ranking.EMPTY, tl.int64)
     for step in range(start, tl.minimum(start + share, steps)):
         top = tl.full([SETS, BLOCKS], float("-inf"), tl.float32)
@@ -176,6 +185,8 @@ def _votes(
             if HAS_VISIBLE:
                 since = tl.load(visible + slot.to(tl.int64) * visible_slot, mask=there, other=0)
                 seen = seen & (since[None, :] <= from_query[:, None])
+            if HAS_OLDEST:
+                seen = seen & (slot[None, :] >= least[:, None])
             x = tl.reshape(tl.where(seen, x, float("-inf")), [SETS, ROWS, BLOCKS, PART])
             higher = tl.maximum(top, tl.max(tl.max(x, 3), 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
