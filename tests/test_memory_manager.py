@@ -9,8 +9,8 @@ from torch.utils import _pytree as pytree
 
 from hmlab.codecs import Identity
 from hmlab.hashing import buckets, hyperplane
-from hmlab.memories.harmony import recovery
 from hmlab.memories.harmony.manager import DISK, MEDIUM, SHORT, Config, MemoryManager
+from hmlab.memories.harmony.reading import CAUSES, LookupConfig, log_rest, strata
 from hmlab.memories.harmony.storage import DensityRatio, DiskView, FixedRatio
 from hmlab.memory import load_state, reorder, save_state, state_bytes
 from hmlab.stores.persistent import PersistentMemory
@@ -295,8 +295,8 @@ def test_gate_and_target_recall_read_fewer_slots():
     divide = buckets.Config(bits=4, most_load=8, least_load=4)
 
     def candidates(**settings) -> int:
-        config = Config(heads=1, dim=16, window=8, segment=8, sinks=0, capacity=512, probes=4, per_bucket=256,
-                        buckets=divide, **settings)  # fmt: skip
+        lookup = LookupConfig(probes=4, per_bucket=256, buckets=divide, **settings)
+        config = Config(heads=1, dim=16, window=8, segment=8, sinks=0, capacity=512, lookup=lookup)
         manager = config.build(family=family, ratio=FixedRatio(1))
         manager.write(k[:, :560], v[:, :560])
         for _ in range(4):
@@ -326,10 +326,10 @@ def test_confidence_is_exact_from_all_slots_and_unbiased_from_some():
     held = medium.usage.held.sum(1)
     estimates = []
     for seed in range(3000):
-        place, size = recovery.strata(held, 12, seed)
+        place, size = strata(held, 12, seed)
         assert size.sum() == held and (place >= 0).all() and (place < held).all()
         drawn = score.gather(2, place.expand(HEADS, -1)[None])
-        estimates.append(recovery.log_rest(drawn, place, size, found.index).exp())
+        estimates.append(log_rest(drawn, place, size, found.index).exp())
     estimates = torch.stack(estimates).double()
     error = estimates.std(0) / len(estimates) ** 0.5
     assert ((estimates.mean(0) - rest).abs() < 4 * error).all()
@@ -346,8 +346,9 @@ def collision(hidden: bool, **settings) -> tuple[MemoryManager, Tensor, Tensor]:
     query, key = wanted.clone(), wanted.clone()
     key[0] *= -1 if hidden else 1
     k[0, 100, 0] = unit(key)
-    config = Config(heads=1, dim=16, window=8, segment=8, sinks=0, capacity=256, picks=8, probes=1, deep_probes=2,
-                    per_bucket=256, buckets=buckets.Config(bits=3, most_load=1, least_load=0), **settings)  # fmt: skip
+    divide = buckets.Config(bits=3, most_load=1, least_load=0)
+    lookup = LookupConfig(probes=1, deep_probes=2, per_bucket=256, buckets=divide)
+    config = Config(heads=1, dim=16, window=8, segment=8, sinks=0, capacity=256, picks=8, lookup=lookup, **settings)
     manager = config.build(family=family, ratio=FixedRatio(1))
     manager.write(k, v)
     return manager, 25 * unit(query)[None, None], full(25 * unit(query)[None, None], k, v)
@@ -414,7 +415,8 @@ def test_doubt_bounds_the_share_of_every_hidden_token():
     """Where doubt is d, no token of the segment has more than d / (1 - d) of what was read beside it."""
     _, k, v = made(1, 200)
     k, tight = unit(k + 2 * torch.randn(1, 1, HEADS, DIM)), 0
-    config = Config(heads=HEADS, dim=DIM, window=16, segment=16, sinks=3, capacity=80, fine=4, doubtful=1.0)
+    config = Config(heads=HEADS, dim=DIM, window=16, segment=16, sinks=3, capacity=80, fine=4, doubtful=1.0,
+                    reach=1.0)  # fmt: skip
     manager = config.build(ratio=FixedRatio(4))
     manager.write(k, v)
     for _ in range(50):
@@ -432,6 +434,23 @@ def test_doubt_bounds_the_share_of_every_hidden_token():
             assert (share <= doubt[0, :, at] + 1e-6).all()
             tight = max(tight, float((share / doubt[0, :, at].clamp(min=1e-9)).max()))
     assert 0.05 < tight <= 1 + 1e-5
+
+
+def test_doubt_tells_what_is_hidden_from_noise():
+    """30 rows, keys 16 degrees about their segment's centre: nearly all plants are found, nearly no row without one."""
+    rows, refined = 30, {}
+    for planted in (True, False):
+        centre = unit(torch.randn(rows, 40, 1, 1, 32))
+        k = unit(centre + 0.05 * torch.randn(rows, 40, 64, 1, 32)).flatten(1, 2)
+        odd = unit(torch.randn(rows, 1, 32))
+        if planted:
+            k[:, 36 * 64 + 17] = odd
+        config = Config(heads=1, dim=32, window=64, segment=64, sinks=0, capacity=64, fine=8)
+        manager = config.build(ratio=FixedRatio(64))
+        manager.write(k, k)
+        refined[planted] = manager.read(20 * odd, exact=True).refined
+    assert (refined[True] == 36).double().mean() > 0.9
+    assert (refined[False] >= 0).double().mean() < 0.15
 
 
 def test_segments_whose_slots_have_left_are_not_refined():
@@ -463,15 +482,15 @@ def test_refined_segments_are_exact():
 
 def test_errors_are_attributed():
     manager, query, *_ = collision(hidden=True)
-    assert recovery.CAUSES[manager.attribute(query).cause] == "collision"
+    assert CAUSES[manager.attribute(query).cause] == "collision"
     manager, query, *_ = collision(hidden=False)
-    assert recovery.CAUSES[manager.attribute(query, tolerance=0.05).cause] == "none"
+    assert CAUSES[manager.attribute(query, tolerance=0.05).cause] == "none"
     manager, query, other, *_ = compressed(planted=True, fine=8)
     found = manager.attribute(query)
-    assert recovery.CAUSES[found.cause] == "over-compression" and found.fine < 0.1 * found.error
-    assert recovery.CAUSES[manager.attribute(other, tolerance=0.05).cause] == "none"
+    assert CAUSES[found.cause] == "over-compression" and found.fine < 0.1 * found.error
+    assert CAUSES[manager.attribute(other, tolerance=0.05).cause] == "none"
     manager, query, *_ = collision(hidden=False)  # attention spread over more slots than are retrieved
-    assert recovery.CAUSES[manager.attribute(0 * query).cause] == "neither"
+    assert CAUSES[manager.attribute(0 * query).cause] == "neither"
 
 
 # Streams
@@ -496,7 +515,6 @@ def test_errors_name_what_was_expected():
         ({"window": 0}, "window: expected at least 1, got 0"),
         ({"sinks": 64}, "sinks: expected 0 to segment - 1"),
         ({"density": "cross_entropy"}, "density: expected one of"),
-        ({"probes": 9}, "deep_probes: expected at least probes"),
         ({"confident": 2.0}, "confident: expected a share"),
         ({"fine": -1}, "fine: expected at least 0, got -1"),
     ):
@@ -504,8 +522,12 @@ def test_errors_name_what_was_expected():
             Config(**good, **wrong)
     with pytest.raises(ValueError, match="promote: expected 0 without a store"):
         Config(**good, promote=1).build()
+    with pytest.raises(ValueError, match="deep_probes: expected at least probes"):
+        LookupConfig(probes=9)
+    with pytest.raises(ValueError, match="gate: expected a share above 0"):
+        LookupConfig(gate=0.0)
     with pytest.raises(ValueError, match="tables: expected 1 to the family's 4"):
-        Config(**good, tables=5).build()
+        Config(**good, lookup=LookupConfig(tables=5)).build()
     manager = Config(**good).build()
     q, k, v = made(1, 5)
     with pytest.raises(ValueError, match="state: expected a write"):

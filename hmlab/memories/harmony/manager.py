@@ -18,7 +18,7 @@ says. All that adapts does so then, from what was written and read before: place
     recovery      confidence below `confident`: all tables, `deep_probes` each, no gate and no limit by `recall`
                   doubt above `doubtful`: tokens in place of the slots of the `finer` most doubtful segments
 
-`recovery` defines confidence and doubt; `storage` what is held. A tier answers a query if it supplies at least half of
+`reading` defines confidence and doubt; `storage` what is held. A tier answers a query if it supplies at least half of
 the query's attention: `hits` and `misses` count that for each head. Queries that the first tier does not answer are
 short-term misses.
 
@@ -30,55 +30,65 @@ Units: seconds, bytes read (vectors alone), positions in tokens. Errors: ValueEr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from hmlab_kernels.bucket_lookup import Buckets, bucket_lookup
-from hmlab_kernels.bucket_lookup import buckets as sorted_by_bucket
-from hmlab_kernels.slot_attention import merge
 from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor, nn
 
 from hmlab.codecs import MeanPool, Quantisation
 from hmlab.codecs.codec import Codec
-from hmlab.hashing import NOWHERE, Family, buckets, enough_probes, hyperplane, kept
+from hmlab.hashing import Family, hyperplane
 from hmlab.information import DENSITIES, DensityConfig, Statistics, segment_density, spectral_entropy
 from hmlab.layers import check_positive
-from hmlab.memories.harmony import recovery
-from hmlab.memories.harmony.recovery import Attribution, Calibration, FineStorage, FineTokens
+from hmlab.memories.harmony.reading import (
+    Attribution,
+    Calibration,
+    FineStorage,
+    FineTokens,
+    LookupConfig,
+    Part,
+    Retrieved,
+    Tables,
+    at_each_head,
+    attend,
+    attribution,
+    joined,
+    log_rest,
+    strata,
+)
 from hmlab.memories.harmony.storage import (
     NOTHING,
     CompressedStorage,
     DiskView,
+    Eviction,
     FixedRatio,
     Held,
     Ratio,
     ShortTermBuffer,
     compress,
+    place,
+    promote,
 )
 from hmlab.stores.persistent import PersistentMemory
 from hmlab.stores.search import Found
-from hmlab.stores.tiers import FirstInFirstOut, Traffic, Usage, eviction_order, promotions
+from hmlab.stores.tiers import FirstInFirstOut, Traffic, eviction_order
 
 TIERS = ("short", "medium", "disk")
 SHORT, MEDIUM, DISK = range(3)
-Eviction = Callable[[Usage, Tensor], Tensor]
-"""A `hmlab.stores.tiers.Policy`."""
 
 
 class State(NamedTuple):
-    """All that a manager holds. position: tokens written. asked: codes that reads since the last segment boundary
-    looked up, the newest `segment` reads of them. repairs: reads of a head that probed deeper, and that read tokens."""
+    """All that a manager holds. position: tokens written. repairs: reads of a head that probed deeper, and reads that
+    read tokens."""
 
     position: Int64[Tensor, "batch"]
     short: ShortTermBuffer
     medium: CompressedStorage
-    buckets: buckets.State
-    index: Buckets
-    asked: Int32[Tensor, "batch reads heads tables probes"]
+    tables: Tables
     disk: DiskView
     fine: FineTokens | tuple[()]
     statistics: Statistics | tuple[()]
@@ -104,35 +114,14 @@ class Reading(NamedTuple):
     refined: Int64[Tensor, "batch finer"]
 
 
-class Part(NamedTuple):
-    """Attention to some keys: their scores, and what a softmax over them alone reads."""
-
-    score: Float[Tensor, "batch heads keys"]
-    out: Float[Tensor, "batch heads dim"]
-    lse: Float[Tensor, "batch heads"]
-
-
-class Retrieved(NamedTuple):
-    """index: places, -1 for none. codes: looked up, `NOWHERE` for none. candidates: whose keys were read."""
-
-    index: Int64[Tensor, "batch heads picks"]
-    score: Float[Tensor, "batch heads picks"]
-    codes: Int32[Tensor, "batch heads tables probes"]
-    candidates: Int64[Tensor, "batch heads"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """heads, dim: of keys and values. window: W. segment: S. sinks: A, fewer than S.
 
     capacity: slots of the medium tier. density: one of `DENSITIES` but "cross_entropy"; all but "spectral" need tokens.
-    picks: slots retrieved from each tier. tables: looked up at first, None: all of the family. probes, deep_probes:
-    buckets looked up in a table, at first and when confidence is low. per_bucket: newest slots read of each; with fewer
-    than `buckets.most_load`, older slots of a full bucket are not found. recall,
-    angle: probe each query only until a slot at that angle (radians) is found with probability `recall`; None: always
-    all probes. gate: share of past probes whose buckets are looked up, None: all buckets. buckets: how they divide.
+    picks: slots retrieved from each tier. lookup: how they are found in the medium tier.
     samples: slots drawn for the confidence. confident: below it probe deeper; 0: never. fine: segments held as tokens,
-    finer: at most so many are read as tokens, where doubt is above doubtful.
+    finer: at most so many are read as tokens, where doubt is above doubtful; reach: c in `reading`.
     promote: slots that can come back from disk at a segment, margin: by which their worth must exceed another's.
     hit_cosine: of a key that is a hit to `read_first_hit`.
     """
@@ -145,37 +134,27 @@ class Config:
     capacity: int = 1024
     density: str = "spectral"
     picks: int = 16
-    tables: int | None = None
-    probes: int = 2
-    deep_probes: int = 4
-    per_bucket: int = 64
-    recall: float | None = None
-    angle: float = 0.5
-    gate: float | None = None
-    buckets: buckets.Config = field(default_factory=lambda: buckets.Config(bits=8))
+    lookup: LookupConfig = field(default_factory=LookupConfig)
     samples: int = 32
     confident: float = 0.0
     fine: int = 0
     finer: int = 1
     doubtful: float = 0.5
+    reach: float = 0.7
     promote: int = 0
     margin: float = 0.0
     hit_cosine: float = 0.5
 
     def __post_init__(self) -> None:
-        check_positive(self, "heads", "dim", "window", "segment", "capacity", "picks", "probes", "per_bucket",
-                       "samples", "finer")  # fmt: skip
+        check_positive(self, "heads", "dim", "window", "segment", "capacity", "picks", "samples", "finer")
         if not 0 <= self.sinks < self.segment:
             raise ValueError(f"sinks: expected 0 to segment - 1 ({self.segment - 1}), got {self.sinks}")
         if self.density not in DENSITIES or self.density == "cross_entropy":
             names = ", ".join(name for name in DENSITIES if name != "cross_entropy")
             raise ValueError(f"density: expected one of {names}, got {self.density!r}")
-        if self.deep_probes < self.probes:
-            raise ValueError(f"deep_probes: expected at least probes ({self.probes}), got {self.deep_probes}")
-        for name in ("confident", "doubtful", "gate", "recall"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
+        for name in ("confident", "doubtful", "reach"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
         for name in ("fine", "promote", "margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -201,15 +180,9 @@ class MemoryManager(nn.Module):
         self.family = hyperplane.Config(dim=c.dim, heads=c.heads).build() if family is None else family
         self.ratio = FixedRatio() if ratio is None else ratio
         self.eviction = FirstInFirstOut() if eviction is None else eviction
-        self.store, self.divide = store, c.buckets.build()
+        self.store, self.lookup = store, c.lookup.build(self.family)
         fine_codec = Quantisation.Config().build() if fine_codec is None else fine_codec
-        self.fine = FineStorage(fine_codec, c.fine, c.segment, c.sinks, c.heads, c.dim) if c.fine else None
-        self.tables = self.family.tables if c.tables is None else c.tables
-        if not 1 <= self.tables <= self.family.tables:
-            raise ValueError(f"tables: expected 1 to the family's {self.family.tables}, got {c.tables}")
-        if c.recall is not None and not hasattr(self.family, "probe_probability"):
-            raise ValueError(f"recall: expected a family that knows the probability of its probes, "
-                             f"got {type(self.family).__name__}")  # fmt: skip
+        self.fine = FineStorage(fine_codec, c.fine, c.segment, c.sinks, c.heads, c.dim, c.reach) if c.fine else None
         if store is not None and store.shape[:2] != (c.dim, c.heads):
             held = store.shape
             raise ValueError(f"store: expected dim {c.dim} and heads {c.heads}, got {held.dim} and {held.heads}")
@@ -221,15 +194,13 @@ class MemoryManager(nn.Module):
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
                    ) -> State:
         """Nothing written."""
-        c, tables = self.config, self.family.tables
+        c = self.config
         like = torch.zeros(batch, c.heads, c.dim, device=device, dtype=dtype)
-        medium = CompressedStorage.empty(like, c.capacity, tables)
-        divided = self.divide.init_state(batch, c.heads, tables, device=device)
+        medium = CompressedStorage.empty(like, c.capacity, self.family.tables)
         zero = torch.zeros(batch, dtype=torch.int64, device=device)
-        asked = (batch, c.segment, c.heads, tables, c.deep_probes)
         return State(
-            zero, ShortTermBuffer.empty(like, c.window + c.segment - 1, c.sinks), medium, divided,
-            sorted_by_bucket(medium.slots.codes), torch.full(asked, NOWHERE, dtype=torch.int32, device=device),
+            zero, ShortTermBuffer.empty(like, c.window + c.segment - 1, c.sinks), medium,
+            self.lookup.init_state(medium, c.segment),
             DiskView.empty(batch, c.promote, device=device), self.fine.init_state(like) if self.fine else (),
             self.statistics.init_statistics(batch, device=device) if c.density != "spectral" else (),
             self.ratio.init_state(batch, device=device), Traffic.empty(batch, len(TIERS), device=device),
@@ -292,18 +263,18 @@ class MemoryManager(nn.Module):
             medium = self._medium(q, found, None)
         with _timed(seconds, DISK, q.device):
             stored = self._stored(q, picks, exact=exact)
-            disk = _attend(stored.score, stored.values)
+            disk = attend(stored.score, stored.values)
         with _timed(seconds, MEDIUM, q.device):
             refined = torch.full((len(q), c.finer), -1, device=q.device)
             doubt = torch.zeros_like(short.lse)
             if self.fine:
-                doubts = self.fine.doubt(self.state.fine, self.state.medium, q, _joined(short, medium, disk)[1])
+                doubts = self.fine.doubt(self.state.fine, self.state.medium, q, joined(short, medium, disk)[1])
                 doubt = doubts.amax(-1)
                 worst = doubts.amax(1).topk(min(c.finer, c.fine))
                 refined[:, : worst.indices.shape[1]] = worst.indices.masked_fill(worst.values <= c.doubtful, -1)
                 if (refined >= 0).any():
                     medium = self._medium(q, found, refined)
-        out, lse = _joined(short, medium, disk)
+        out, lse = joined(short, medium, disk)
         share = torch.stack([part.lse for part in (short, medium, disk)], -1).sub(lse[..., None]).exp()
         confidence = self._confidence(q, found, c.samples, refined, medium.lse)
         self._count(found, medium, stored, disk, lse, share, low, refined, seconds)
@@ -320,8 +291,8 @@ class MemoryManager(nn.Module):
         c, q = self.config, self._checked(q)
         found, stored = self._retrieve(q, c.picks), self._stored(q, c.picks, exact=False)
         window = self._window()[0].transpose(1, 2)
-        parts = self._short(q), self._medium(q, found, None), _attend(stored.score, stored.values)
-        keys = window, _at(self.state.medium.slots.k, found.index), stored.keys
+        parts = self._short(q), self._medium(q, found, None), attend(stored.score, stored.values)
+        keys = window, at_each_head(self.state.medium.slots.k, found.index), stored.keys
         out, tier = torch.zeros_like(q), torch.full(q.shape[:2], -1, device=q.device)
         for number, (part, key) in enumerate(zip(parts, keys, strict=True)):
             cosine = torch.nn.functional.cosine_similarity(q[:, :, None], key.to(q.dtype), dim=-1)
@@ -344,16 +315,16 @@ class MemoryManager(nn.Module):
         c, q = self.config, self._checked(q)
         short = self._short(q)
         stored = self._stored(q, c.picks, exact=True)  # the same in all: what the disk lacks is not examined
-        disk = _attend(stored.score, stored.values)
+        disk = attend(stored.score, stored.values)
         hashed, best, every = self._retrieve(q, c.picks), *(
             self._retrieve(q, picks, exact=True) for picks in (c.picks, c.capacity))  # fmt: skip
         tokens = None
         if self.fine:
             whole = self.fine.whole(self.state.fine, self.state.medium)
             tokens = torch.arange(c.fine, device=q.device).expand_as(whole).masked_fill(~whole, -1)
-        outs = [_joined(short, self._medium(q, found, chosen), disk)[0]
+        outs = [joined(short, self._medium(q, found, chosen), disk)[0]
                 for found, chosen in ((hashed, None), (best, None), (hashed, tokens), (every, tokens))]  # fmt: skip
-        return recovery.attribution(*outs, tolerance)
+        return attribution(*outs, tolerance)
 
     @property
     def _position(self) -> int:
@@ -383,42 +354,25 @@ class MemoryManager(nn.Module):
 
     def _short(self, q: Tensor) -> Part:
         k, v = (x.transpose(1, 2).to(q.dtype) for x in self._window())
-        return _attend(torch.einsum("bhd,bhnd->bhn", q, k), v)
+        return attend(torch.einsum("bhd,bhnd->bhn", q, k), v)
 
     def _retrieve(self, q: Tensor, picks: int, *, exact: bool = False, deep: bool = False) -> Retrieved:
-        """The best slots of the medium tier for each query."""
-        c, state = self.config, self.state
-        slots, bias, picks = state.medium.slots, state.medium.bias, min(picks, c.capacity)
-        codes = torch.full_like(state.asked[:, 0], NOWHERE)
+        medium, tables = self.state.medium, self.state.tables
         if exact:
-            score = torch.einsum("bhd,bnhd->bhn", q, slots.k.to(q.dtype)) + bias.transpose(1, 2)
-            best = score.topk(picks)
-            index = best.indices.masked_fill(best.values == -torch.inf, -1)
-            return Retrieved(index, best.values, codes, (score > -torch.inf).sum(-1))
-        tables, probes = (self.family.tables, c.deep_probes) if deep else (self.tables, c.probes)
-        asked = self.family.codes(q[:, None], probes=probes)[..., :tables, :]
-        if c.recall is not None and not deep:
-            found = self.family.probe_probability(q[:, None], c.angle, probes=probes)[..., :tables, :]
-            asked = kept(asked, enough_probes(found, c.recall)[0])
-        if c.gate is not None and not deep:
-            asked = self.divide.gate(state.buckets, asked, share=c.gate)
-        codes[:, :, :tables, : asked.shape[-1]] = asked[:, 0]
-        index = Buckets(state.index.keys[:, :, :tables].contiguous())
-        found = bucket_lookup(q[:, None].to(slots.k.dtype), self.divide.of(state.buckets, asked), slots.k, index,
-                              picks=picks, candidates=c.per_bucket * tables * asked.shape[-1], bias=bias, scale=1.0)
-        return Retrieved(found.index[:, 0].long(), found.score[:, 0].to(q.dtype), codes, found.found[:, 0].long())
+            return self.lookup.best(medium, tables, q, picks)
+        return self.lookup.hashed(medium, tables, q, picks, deep=deep)
 
     def _medium(self, q: Tensor, found: Retrieved, refined: Tensor | None) -> Part:
         """Attention to the retrieved slots; to the tokens of refined segments (by index, -1 for none) in place of any
         of their slots."""
         slots = self.state.medium.slots
-        score, v = found.score, _at(slots.v, found.index).to(q.dtype)
+        score, v = found.score, at_each_head(slots.v, found.index).to(q.dtype)
         if refined is not None:
             k, more, there = self.fine.tokens(self.state.fine, refined)
             score = score.masked_fill(self._is_refined(found.index, refined), -torch.inf)
             fine = torch.einsum("bhd,bnhd->bhn", q, k.to(q.dtype)).masked_fill(~there[:, None], -torch.inf)
             score, v = torch.cat((score, fine), -1), torch.cat((v, more.transpose(1, 2).to(q.dtype)), 2)
-        return _attend(score, v)
+        return attend(score, v)
 
     def _segments(self, refined: Tensor) -> Int64[Tensor, "batch finer"]:
         """Numbers of refined segments."""
@@ -435,14 +389,14 @@ class MemoryManager(nn.Module):
                     lse: Tensor | None = None) -> Float[Tensor, "batch heads"]:
         """Of what was read in the medium tier, whose log-sum-exp is `lse`; 1 if nothing else is held."""
         medium = self.state.medium
-        place, size = recovery.strata(medium.usage.held.sum(1), samples, self._position)
+        place, size = strata(medium.usage.held.sum(1), samples, self._position)
         place = place.clamp(max=self.config.capacity - 1)
         slots = medium.slots.at(place)
         score = torch.einsum("bhd,bnhd->bhn", q, slots.k.to(q.dtype)) + slots.mass.log().transpose(1, 2)
         if refined is not None:
             everywhere = place[:, None].expand(-1, q.shape[1], -1)
             score = score.masked_fill(self._is_refined(everywhere, refined), -torch.inf)
-        rest = recovery.log_rest(score, place, size, found.index)
+        rest = log_rest(score, place, size, found.index)
         lse = found.score.logsumexp(-1) if lse is None else lse
         return torch.sigmoid(lse - rest).where(rest > -torch.inf, 1)
 
@@ -461,7 +415,7 @@ class MemoryManager(nn.Module):
         mass = (picked - lse[..., None]).exp().flatten(1)
         usage = state.medium.usage.read(found.index.masked_fill(picked == -torch.inf, -1).flatten(1), mass,
                                         state.position - 1)  # fmt: skip
-        asked = torch.cat((state.asked[:, 1:], found.codes[:, None]), 1)
+        asked = torch.cat((state.tables.asked[:, 1:], found.codes[:, None]), 1)
         view = state.disk
         if c.promote:
             view = view.want(stored.number.flatten(1), (stored.score - lse[..., None]).exp().flatten(1))
@@ -475,7 +429,8 @@ class MemoryManager(nn.Module):
                 traffic = traffic.add(tier, share[..., tier] >= 0.5, seconds=seconds[tier], bytes=read * vector)
         repairs = state.repairs + torch.stack((low.sum(1), (refined >= 0).any(1).long()), 1)
         medium = state.medium._replace(usage=usage)
-        self._update(medium=medium, asked=asked, disk=view, traffic=traffic, repairs=repairs)
+        tables = state.tables._replace(asked=asked)
+        self._update(medium=medium, tables=tables, disk=view, traffic=traffic, repairs=repairs)
 
     def _pass_on(self, number: int) -> None:
         """Segment `number` becomes slots; what they drive out goes to disk; what reads wanted from there comes back."""
@@ -493,65 +448,15 @@ class MemoryManager(nn.Module):
                      torch.full_like(none, number), density[:, None].expand(there.shape), none)  # fmt: skip
         usage = state.medium.usage
         order = eviction_order(self.eviction(usage, now), usage)
-        place = order[:, : there.shape[1]].masked_fill(~there, -1)
-        medium, disk, evicted = self._place(state.medium, state.disk, place, slots)
+        at = order[:, : there.shape[1]].masked_fill(~there, -1)
+        medium, disk, evicted = place(state.medium, state.disk, self.store, at, slots, now)
         written = [slots.codes.masked_fill(~there[..., None, None], NOTHING)]
-        fine = self.fine.write(state.fine, number, k, v, slots, place) if self.fine else ()
+        fine = self.fine.write(state.fine, number, k, v, slots, at) if self.fine else ()
         if c.promote:
-            medium, disk, out, back = self._promote(medium, disk)
+            medium, disk, out, back = promote(medium, disk, self.store, self.eviction, self._codes, now, c.margin)
             evicted, written = torch.cat((evicted, out), 1), [*written, back]
-        divided = self.divide.update(state.buckets, written=torch.cat(written, 1), evicted=evicted, probed=state.asked)
-        index = sorted_by_bucket(self.divide.of(divided, medium.slots.codes))
-        self._update(medium=medium, disk=disk, fine=fine, buckets=divided, index=index, ratio=ratio,
-                     asked=torch.full_like(state.asked, NOWHERE), statistics=statistics)  # fmt: skip
-
-    def _place(self, medium: CompressedStorage, disk: DiskView, place: Tensor, slots: Held
-               ) -> tuple[CompressedStorage, DiskView, Tensor]:
-        """Slots into places of the medium tier; what lay there goes to disk, its codes are returned."""
-        out, leaves = medium.leaving(place)
-        if self.store is not None:
-            disk = disk.append(self.store, out, leaves)
-        codes = out.codes.masked_fill(~leaves[..., None, None], NOTHING)
-        return medium.write(place, slots, self.state.position), disk, codes
-
-    def _promote(self, medium: CompressedStorage, disk: DiskView
-                 ) -> tuple[CompressedStorage, DiskView, Tensor, Tensor]:
-        """Exchange wanted slots with those that are worth less; the codes of what went, and of what came.
-
-        A slot from the disk is judged as if it had come in now, with the reads that it had since the last segment.
-        """
-        now, there = self.state.position, disk.number >= 0
-        wanted = self._load(disk)
-        arrival = now[:, None].expand_as(disk.number)
-        new = Usage(arrival.where(there, -1), arrival, disk.reads, disk.mass.to(medium.usage.mass.dtype),
-                    wanted.density.to(medium.usage.density.dtype))  # fmt: skip
-        # Scored together: a rule may weigh a slot by its share of the total.
-        worth = self.eviction(Usage(*(torch.cat(x, 1) for x in zip(medium.usage, new, strict=True))), now)
-        upper, lower = worth[:, : self.config.capacity], worth[:, self.config.capacity :]
-        swaps = promotions(upper, medium.usage, lower.masked_fill(~there, -torch.inf), self.config.promote,
-                           margin=self.config.margin)  # fmt: skip
-        back = wanted.at(swaps.up)
-        medium, disk, evicted = self._place(medium, disk, swaps.down, back)
-        mass = disk.mass.gather(1, swaps.up.clamp(min=0))
-        medium = medium._replace(usage=medium.usage.read(swaps.down, mass, now))
-        codes = back.codes.masked_fill((swaps.up < 0)[..., None, None], NOTHING)
-        cleared = DiskView.empty(len(now), self.config.promote, device=now.device)
-        return medium, cleared._replace(branch=disk.branch, watermark=disk.watermark), evicted, codes
-
-    def _load(self, disk: DiskView) -> Held:
-        """The wanted slots from disk; anything where there is none."""
-        like = self.state.medium.slots
-        held = like.at(torch.full_like(disk.number, -1))
-        for row, number in enumerate(disk.number):
-            there = number >= 0
-            if not there.any():
-                continue
-            slots = self.store.read(number[there], disk.cursor(row))
-            for name, stored in zip(("k", "v", "mass", "position", "density", "segment"),
-                                    (*slots[:5], slots.segment), strict=True):  # fmt: skip
-                field = getattr(held, name)
-                field[row, there] = stored.to(field)
-        return held._replace(codes=self._codes(held.k), number=disk.number)
+        tables = self.lookup.update(state.tables, medium, torch.cat(written, 1), evicted)
+        self._update(medium=medium, disk=disk, fine=fine, tables=tables, ratio=ratio, statistics=statistics)
 
     def _codes(self, k: Float[Tensor, "batch slots heads dim"]) -> Int32[Tensor, "batch slots heads tables"]:
         return self.family.codes(k)[..., 0]
@@ -562,27 +467,6 @@ class MemoryManager(nn.Module):
             return spectral_entropy(k.transpose(1, 2)).mean(1), ()
         density, statistics = segment_density(tokens, self.state.statistics, self.statistics)
         return density[:, 0, 0], statistics
-
-
-def _attend(score: Float[Tensor, "batch heads keys"], v: Float[Tensor, "batch heads keys dim"]) -> Part:
-    """Keys of score -inf do not exist; without any, out is 0 and lse -inf."""
-    lse = score.logsumexp(-1)
-    weight = (score - lse.where(lse > -torch.inf, 0)[..., None]).exp()
-    return Part(score, torch.einsum("bhn,bhnd->bhd", weight, v.to(weight.dtype)), lse)
-
-
-def _joined(*parts: Part) -> tuple[Tensor, Tensor]:
-    """One softmax over all."""
-    out, lse = parts[0][1:]
-    for part in parts[1:]:
-        out, lse = merge(out, lse, part.out, part.lse)
-    return out, lse
-
-
-def _at(x: Float[Tensor, "batch slots heads dim"], index: Int64[Tensor, "batch heads picks"]
-        ) -> Float[Tensor, "batch heads picks dim"]:
-    row = torch.arange(len(index), device=index.device)[:, None, None]
-    return x[row, index.clamp(min=0), torch.arange(index.shape[1], device=index.device)[:, None]]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ old one stay as they are. All rows of a batch have read equally many tokens. Uni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -23,10 +24,12 @@ from hmlab.codecs.codec import Codec
 from hmlab.stores.layout import Slots
 from hmlab.stores.persistent import Cursor, PersistentMemory
 from hmlab.stores.search import Found
-from hmlab.stores.tiers import Usage
+from hmlab.stores.tiers import Usage, promotions
 
 NOTHING = -1
 """The code of a free place: no bucket has it and no query asks for it."""
+Eviction = Callable[[Usage, Tensor], Tensor]
+"""A `hmlab.stores.tiers.Policy`."""
 
 
 class ShortTermBuffer(NamedTuple):
@@ -201,6 +204,20 @@ class DiskView(NamedTuple):
             rows.append(Found(number, best.values, *vectors, *taken[1:]))
         return Found(*(torch.cat(fields) for fields in zip(*rows, strict=True)))
 
+    def load(self, store: PersistentMemory, like: Held) -> Held:
+        """The wanted slots, anything where there is none; codes as in `like`, those of other slots."""
+        held = like.at(torch.zeros_like(self.number))
+        for row, number in enumerate(self.number):
+            there = number >= 0
+            if not there.any():
+                continue
+            slots = store.read(number[there], self.cursor(row))
+            fields = (slots.keys, slots.values, *slots[2:5], slots.segment)
+            for name, stored in zip(("k", "v", "mass", "position", "density", "segment"), fields, strict=True):
+                field = getattr(held, name)
+                field[row, there] = stored.to(field)
+        return held._replace(number=self.number)
+
     def want(self, number: Int64[Tensor, "batch read"], mass: Float[Tensor, "batch read"]) -> DiskView:
         """After a read: of the slots wanted so far and those that it found, the ones with most attention."""
         most = self.number.shape[1]
@@ -214,6 +231,42 @@ class DiskView(NamedTuple):
             for field, values in zip(new[2:], (distinct, reads, total), strict=True):
                 field[row, : len(best)] = values[best]
         return self._replace(number=new.number, reads=new.reads, mass=new.mass)
+
+
+def place(medium: CompressedStorage, disk: DiskView, store: PersistentMemory | None, at: Int[Tensor, "batch new"],
+          slots: Held, now: Int[Tensor, "batch"]) -> tuple[CompressedStorage, DiskView, Tensor]:
+    """Slots into places of the medium tier (-1: none). What lay there goes to disk; its codes are returned."""
+    out, leaves = medium.leaving(at)
+    if store is not None:
+        disk = disk.append(store, out, leaves)
+    return medium.write(at, slots, now), disk, out.codes.masked_fill(~leaves[..., None, None], NOTHING)
+
+
+def promote(medium: CompressedStorage, disk: DiskView, store: PersistentMemory, eviction: Eviction,
+            codes: Callable[[Tensor], Tensor], now: Int[Tensor, "batch"], margin: float
+            ) -> tuple[CompressedStorage, DiskView, Tensor, Tensor]:
+    """Exchange wanted slots with those that are worth less; the codes of what went, and of what came.
+
+    A slot from the disk is judged as if it had come in now, with the reads that it had since the last segment.
+    """
+    arrival, there = now[:, None].expand_as(disk.number), disk.number >= 0
+    wanted = disk.load(store, medium.slots)
+    wanted = wanted._replace(codes=codes(wanted.k))
+    usage = medium.usage
+    mass, density = disk.mass.to(usage.mass), wanted.density.to(usage.density)
+    new = Usage(arrival.where(there, -1), arrival, disk.reads, mass, density)
+    # Scored together: a rule may weigh a slot by its share of the total.
+    worth = eviction(Usage(*(torch.cat(counters, 1) for counters in zip(usage, new, strict=True))), now)
+    most, places = disk.number.shape[1], usage.written.shape[1]
+    lower = worth[:, places:].masked_fill(~there, -torch.inf)
+    swaps = promotions(worth[:, :places], usage, lower, most, margin=margin)
+    back = wanted.at(swaps.up)
+    medium, disk, evicted = place(medium, disk, store, swaps.down, back, now)
+    mass = mass.gather(1, swaps.up.clamp(min=0))
+    medium = medium._replace(usage=medium.usage.read(swaps.down, mass, now))
+    none = DiskView.empty(len(now), most, device=now.device)
+    came = back.codes.masked_fill((swaps.up < 0)[..., None, None], NOTHING)
+    return medium, none._replace(branch=disk.branch, watermark=disk.watermark), evicted, came
 
 
 @runtime_checkable
