@@ -247,7 +247,10 @@ class MemoryManager(nn.Module):
         """Attend as the newest token to all tiers. exact: rank all slots instead of those that the buckets name.
         picks: that of the configuration if None. Counts, but changes nothing that a later read sees before the next
         segment."""
-        c, picks, q = self.config, picks or self.config.picks, self._checked(q)
+        c, q = self.config, self._checked(q)
+        picks = c.picks if picks is None else picks
+        if picks < 1:
+            raise ValueError(f"picks: expected at least 1, got {picks}")
         seconds = [0.0] * len(TIERS)
         with _timed(seconds, SHORT, q.device):
             short = self._short(q)
@@ -336,7 +339,7 @@ class MemoryManager(nn.Module):
 
     def _held(self) -> State:
         if self.state is None:
-            raise ValueError("state: expected a write or a state before this, got None")
+            raise ValueError("state: expected a write, or a state to be set, before this; got None")
         return self.state
 
     def _update(self, **fields: Any) -> None:
@@ -347,6 +350,8 @@ class MemoryManager(nn.Module):
         expected = [len(self._held().position), self.config.heads, self.config.dim]
         if list(q.shape) != expected or not q.is_floating_point():
             raise ValueError(f"q: expected floats {expected}, got {q.dtype} {list(q.shape)}")
+        if not self._position:
+            raise ValueError("state: expected at least one token written, got none")
         return q.to(torch.promote_types(q.dtype, torch.float32))
 
     def _window(self) -> tuple[Tensor, Tensor]:
@@ -389,14 +394,14 @@ class MemoryManager(nn.Module):
                     lse: Tensor | None = None) -> Float[Tensor, "batch heads"]:
         """Of what was read in the medium tier, whose log-sum-exp is `lse`; 1 if nothing else is held."""
         medium = self.state.medium
-        place, size = strata(medium.usage.held.sum(1), samples, self._position)
-        place = place.clamp(max=self.config.capacity - 1)
-        slots = medium.slots.at(place)
+        drawn, size = strata(medium.usage.held.sum(1), samples, self._position)
+        drawn = drawn.clamp(max=self.config.capacity - 1)  # where the last strata are empty
+        slots = medium.slots.at(drawn)
         score = torch.einsum("bhd,bnhd->bhn", q, slots.k.to(q.dtype)) + slots.mass.log().transpose(1, 2)
         if refined is not None:
-            everywhere = place[:, None].expand(-1, q.shape[1], -1)
+            everywhere = drawn[:, None].expand(-1, q.shape[1], -1)
             score = score.masked_fill(self._is_refined(everywhere, refined), -torch.inf)
-        rest = log_rest(score, place, size, found.index)
+        rest = log_rest(score, drawn, size, found.index)
         lse = found.score.logsumexp(-1) if lse is None else lse
         return torch.sigmoid(lse - rest).where(rest > -torch.inf, 1)
 
@@ -413,20 +418,23 @@ class MemoryManager(nn.Module):
         c, state = self.config, self.state
         picked = medium.score[..., : found.index.shape[-1]]
         mass = (picked - lse[..., None]).exp().flatten(1)
-        usage = state.medium.usage.read(found.index.masked_fill(picked == -torch.inf, -1).flatten(1), mass,
-                                        state.position - 1)  # fmt: skip
+        usage = state.medium.usage.read(found.index.flatten(1), mass, state.position - 1)
         asked = torch.cat((state.tables.asked[:, 1:], found.codes[:, None]), 1)
         view = state.disk
         if c.promote:
             view = view.want(stored.number.flatten(1), (stored.score - lse[..., None]).exp().flatten(1))
         vector, traffic = c.dim * state.short.k.element_size(), state.traffic
         window = torch.full_like(state.position, self._window()[0].shape[1] * c.heads)
-        tokens = (refined >= 0).sum(1) * c.segment * c.heads
-        slots = (found.candidates + (found.index >= 0).sum(-1)).sum(-1) + c.samples * c.heads
-        vectors = 2 * window, slots + 2 * tokens, 2 * (stored.number >= 0).sum((1, 2))
-        for tier, read in enumerate(vectors):
+        keys = found.candidates.sum(1) + c.samples * c.heads
+        values, rows = (found.index >= 0).sum((1, 2)), (stored.number >= 0).sum((1, 2))
+        tokens = 0
+        if self.fine:
+            keys = keys + (state.fine.place >= 0).sum((1, 2)) * c.heads
+            tokens = (refined >= 0).sum(1) * self.fine.bytes(state.fine)
+        read = 2 * window * vector, (keys + values) * vector + tokens, 2 * rows * vector
+        for tier, count in enumerate(read):
             if tier < DISK or self.store is not None:
-                traffic = traffic.add(tier, share[..., tier] >= 0.5, seconds=seconds[tier], bytes=read * vector)
+                traffic = traffic.add(tier, share[..., tier] >= 0.5, seconds=seconds[tier], bytes=count)
         repairs = state.repairs + torch.stack((low.sum(1), (refined >= 0).any(1).long()), 1)
         medium = state.medium._replace(usage=usage)
         tables = state.tables._replace(asked=asked)

@@ -278,6 +278,10 @@ class FineStorage:
             torch.maximum(state.longest, tokens.norm(dim=-1).amax(1)),
         )  # fmt: skip
 
+    def bytes(self, state: FineTokens) -> int:
+        """Of one segment of one row."""
+        return sum(leaf[0, 0].numel() * leaf.element_size() for leaf in state.code)
+
     def whole(self, state: FineTokens, medium: CompressedStorage) -> Tensor:
         """Which of the segments have all their slots still in the medium tier, where they were put `[batch, fine]`."""
         place = state.place.flatten(1)
@@ -316,7 +320,7 @@ class FineStorage:
 
 def radii(k: Float[Tensor, "batch time heads dim"], slots: Held) -> Float[Tensor, "batch slots heads"]:
     """ρ: the largest distance from each slot of the tokens that it is the nearest slot of; 0 of those of no mass."""
-    tokens, means = k.transpose(1, 2), slots.k.transpose(1, 2).to(k.dtype)
+    tokens, means = (x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)) for x in (k, slots.k))
     # Not by |a|² - 2 a·b + |b|²: a slot that is a token is at a distance of 0 from it.
     far = torch.cdist(tokens, means, compute_mode="donot_use_mm_for_euclid_dist")
     near = far.masked_fill((slots.mass <= 0).transpose(1, 2)[:, :, None], torch.inf).min(-1)
