@@ -233,7 +233,7 @@ def record(model: nn.Module, names: Collection[str] | None = None, *, start: int
 class Observed:
     """Base of modules that observe: each is a `layer` of a recording, and its calls follow one another in `time`.
 
-    It goes before `nn.Module`. `forward` and `step` take x `[batch, time, dim]` or `[batch, dim]` first.
+    It goes before `nn.Module`. `forward` and `step` take x `[batch, time, ...]` or `[batch, dim]` first.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -250,7 +250,7 @@ def _scoped(call: Callable) -> Callable:
         recording = None if torch.compiler.is_compiling() else _active.get()
         if recording is None:
             return call(self, x, *args, **kwargs)
-        with recording._call(self, x.shape[1] if x.ndim == 3 else 1):
+        with recording._call(self, x.shape[1] if x.ndim > 2 else 1):
             return call(self, x, *args, **kwargs)
 
     return scoped

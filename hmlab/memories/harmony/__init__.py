@@ -21,6 +21,7 @@ unfinished segment, 2 vectors and their codes for each slot, and the counts that
 from .config import HierarchyConfig
 from .hierarchy import Hierarchy
 from .network import Config, Harmony
+from .replay import Attribution, attribute, replay
 from .state import State
 
-__all__ = ["Config", "Harmony", "Hierarchy", "HierarchyConfig", "State"]
+__all__ = ["Attribution", "Config", "Harmony", "Hierarchy", "HierarchyConfig", "State", "attribute", "replay"]

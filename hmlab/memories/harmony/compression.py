@@ -24,7 +24,7 @@ from hmlab_kernels.compress_segments import Slots, compress_segments
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hmlab import auxiliary, codecs
+from hmlab import auxiliary
 from hmlab.information import Statistics, segment_density
 from hmlab.memories.harmony.config import HierarchyConfig
 
@@ -83,9 +83,8 @@ class Compressor(nn.Module):
         first: Int[Tensor, "rows segments"], number: Int[Tensor, "rows segments"], statistics: Statistics,
         moments: Float[Tensor, "rows 2"],
     ) -> Compressed:
-        """k, unrotated, and v of aligned segments. complete: the others become nothing, and count nowhere. first: tokens
-        of a segment that are left out, as sinks. number: of the segment in its document."""
-        segments = complete.shape[1]
+        """k, unrotated, and v of aligned segments. complete: the others become nothing, and count nowhere. first:
+        tokens of a segment that are left out, as sinks. number: of the segment in its document."""
         density = None
         if self.measures is not None:
             counted = complete.repeat_interleave(self.config.segment, 1)
@@ -98,10 +97,10 @@ class Compressor(nn.Module):
             slots = self._slots(k, v, count, first)
         ratio = self.config.segment // self.counts.to(choice.device)[choice]
         observed = None if density is None else density[..., 0]
-        assert slots.k.shape[1] == segments
         return Compressed(slots, count, ratio, observed, statistics, moments)
 
-    def _density(self, k, v, tokens, counted, statistics) -> tuple[Float[Tensor, "rows segments densities"], Statistics]:
+    def _density(self, k, v, tokens, counted, statistics
+                 ) -> tuple[Float[Tensor, "rows segments densities"], Statistics]:
         logits = None
         if "cross_entropy" in self.config.densities:
             logits = self.head(torch.cat((k, v), 2).flatten(2).detach())
@@ -202,7 +201,9 @@ def _filled(x: Tensor, most: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, most - x.shape[2]))
 
 
-def _codec(c: HierarchyConfig, kv_heads: int, dim: int) -> codecs.Codec:
+def _codec(c: HierarchyConfig, kv_heads: int, dim: int) -> nn.Module:
+    from hmlab import codecs
+
     match c.codec:
         case "mean_pool":
             return codecs.MeanPool.Config().build()

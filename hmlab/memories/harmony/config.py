@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from hmlab.information import DensityConfig
 from hmlab.layers import check_positive
@@ -25,9 +25,10 @@ class HierarchyConfig:
     oldest are forgotten. phase: slots carry the rotary phase of their mean position. spread: the score of a slot
     allows for the spread of its keys (needs keys of unit norm).
     densities: from `hmlab.information.DENSITIES`; table, bigram_table: buckets that their counts have.
-    Addressing. retrieval: "hash", the best of those with equal codes; "exact", the best of all; "all", no choice.
-    picks: slots that a query reads. family: of the codes; tables, bits, probes (codes looked up per table), candidates
-    (most that are ranked), reduced (dimensions before hashing, by random projection; 0: all).
+    Addressing. retrieval: "hash", the best of those with equal codes; "exact", the best of all; "all", no choice;
+    "none", no slots are made, and what leaves the window is forgotten. picks: slots that a query reads. family: of the
+    codes; tables, bits, probes (codes looked up per table), candidates (most that are ranked), reduced (dimensions
+    before hashing, by random projection; 0: all).
     sharing: who shares a set of slots: "none", each head of each query has its own; "heads", those of one key head;
     "block", besides these, `query_block` queries in a row, chosen by the block before.
     confidence: slots drawn to estimate what was missed. fallback: below this confidence all probes are looked up.
@@ -48,7 +49,7 @@ class HierarchyConfig:
     densities: tuple[str, ...] = ("surprisal", "spectral")
     table: int = 1024
     bigram_table: int = 4096
-    retrieval: Literal["hash", "exact", "all"] = "hash"
+    retrieval: Literal["hash", "exact", "all", "none"] = "hash"
     picks: int = 32
     family: Family = "learned"
     tables: int = 8
@@ -68,10 +69,9 @@ class HierarchyConfig:
         check_positive(self, "window", "segment", "capacity", "picks", "tables", "bits", "probes", "query_block",
                        "confidence")  # fmt: skip
         for name, literal in get_type_hints(HierarchyConfig).items():
-            if get_args(literal) and all(isinstance(choice, str) for choice in get_args(literal)):
-                if getattr(self, name) not in get_args(literal):
-                    raise ValueError(f"{name}: expected one of {', '.join(get_args(literal))}, "
-                                     f"got {getattr(self, name)!r}")  # fmt: skip
+            choices = get_args(literal) if get_origin(literal) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.segment > 256:
             raise ValueError(f"segment: expected at most 256, got {self.segment}")
         if not self.ratios or any(r < 1 or self.segment % r for r in self.ratios):
@@ -108,7 +108,7 @@ class HierarchyConfig:
     @property
     def of_tokens(self) -> bool:
         """Whether token ids are needed."""
-        counted = set(self.densities) - {"spectral"} if len(self.ratios) > 1 else set()
+        counted = set(self.densities) - {"spectral"} if len(self.ratios) > 1 and self.retrieval != "none" else set()
         return bool(counted) or (self.retrieval == "hash" and self.family == "minhash")
 
     @property

@@ -157,7 +157,7 @@ class Hierarchy(nn.Module):
         written = self.medium_term.write(k, v, tokens, held, length, rotate, norm, self.retriever, fresh=fresh)
         keys = turned_k if fresh else torch.cat((held.keys.to(k.dtype), turned_k), 1)
         values = v if fresh else torch.cat((held.values.to(v.dtype), v), 1)
-        sinks = [self._sinks(old, new, held.position) for old, new in ((held.sink_keys, turned_k), (held.sink_values, v))]
+        sinks = [self._sinks(*both, held.position) for both in ((held.sink_keys, turned_k), (held.sink_values, v))]
         options = {"window": c.window, "sinks": c.sinks, "segment": c.segment, "scale": 1.0}
         if fresh:
             out, lse = window_attention(turned_q, keys, values, **options)
@@ -181,7 +181,7 @@ class Hierarchy(nn.Module):
 
     @property
     def _in_blocks(self) -> bool:
-        return self.config.sharing == "block" and self.config.retrieval != "all"
+        return self.config.sharing == "block" and self.config.retrieval in ("hash", "exact")
 
     def _slots(self, reading: Reading, written: Written, held: State, rotate: Rotate, *, fresh: bool) -> Reading:
         """The reading with slots in it."""
@@ -309,10 +309,10 @@ class Hierarchy(nn.Module):
             return torch.where(index >= 0, found, none)
 
         def score() -> Tensor:
-            index, each = picked(), self.heads // self.kv_heads
-            if not written.slots.slot_segment.shape[1]:
+            index, slots = picked(), written.slots
+            if not slots.slot_segment.shape[1]:
                 return torch.full(index.shape, torch.nan, device=number.device)
-            scores = self.retriever.scores(reading.slot_q, written.slots.slot_keys, written.slots.slot_bias, index, each)
+            scores = self.retriever.scores(reading.slot_q, slots.slot_keys, slots.slot_bias, index)
             return torch.where(index >= 0, scores, torch.nan)
 
         def bucket() -> Tensor:

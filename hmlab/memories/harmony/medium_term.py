@@ -74,7 +74,9 @@ class MediumTerm(nn.Module):
         ends = (torch.arange(segments, device=k.device) + 1) * size
         reached = filled + (time if length is None else length)
         complete = ends <= reached[:, None]
-        if not segments or not (torch.compiler.is_compiling() or bool(complete.any())):
+        if not segments or self.config.retrieval == "none":
+            return same
+        if not (torch.compiler.is_compiling() or bool(complete.any())):
             return same
         number = held.position[:, None] // size + torch.arange(segments, device=k.device)
         first = (self.config.sinks - number * size).clamp(0, size)

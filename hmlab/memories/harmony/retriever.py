@@ -32,7 +32,8 @@ class LSHRetriever(nn.Module):
         self.groups = heads if config.sharing == "none" else kv_heads
         self.family = _family(config, kv_heads, head_dim)
 
-    def slot_codes(self, keys: Float[Tensor, "batch slots kv_heads dim"]) -> Int32[Tensor, "batch slots kv_heads tables"]:
+    def slot_codes(self, keys: Float[Tensor, "batch slots kv_heads dim"]
+                   ) -> Int32[Tensor, "batch slots kv_heads tables"]:
         return self.family.codes(keys)[..., 0]
 
     def query_codes(self, q: Float[Tensor, "batch time heads dim"], probes: int
@@ -88,10 +89,10 @@ class LSHRetriever(nn.Module):
         return elect(index, score, c.picks)
 
     def scores(self, q: Float[Tensor, "batch time heads dim"], keys: Tensor, bias: Tensor,
-               index: Int[Tensor, "batch time heads n"], each: int) -> Float[Tensor, "batch time heads n"]:
+               index: Int[Tensor, "batch time heads n"]) -> Float[Tensor, "batch time heads n"]:
         """True scores of the slots that each head names; of slot 0 where it names none."""
         wide, batch, time = bias.dtype, *q.shape[:2]
-        head = torch.arange(self.heads, device=q.device)[:, None] // each
+        head = torch.arange(self.heads, device=q.device)[:, None] // (self.heads // self.kv_heads)
         row = torch.arange(batch, device=q.device)[:, None, None, None]
         parts = []
         for some in torch.arange(time, device=q.device).split(CHUNK):
@@ -111,7 +112,7 @@ class LSHRetriever(nn.Module):
         share = ((position[:, :, None].double() * 0.7548776662466927 + drawn * 0.6180339887498949) % 1.0)
         place = oldest[:, :, None] + torch.minimum((share * number).long(), (number - 1).clamp(min=0))
         place = place[:, :, None].expand(-1, -1, self.heads, -1)
-        score = self.scores(q, keys, bias, place, self.heads // self.kv_heads)
+        score = self.scores(q, keys, bias, place)
         other = torch.ones_like(score, dtype=torch.bool)
         for pick in index.unbind(-1):
             other &= place != pick[..., None]
@@ -130,8 +131,9 @@ class LSHRetriever(nn.Module):
         """
         each = self.heads // self.kv_heads
         query_heads, slot_heads = "batch time (kv each) dim -> batch (time each) kv dim", {"kv": self.kv_heads}
-        score = torch.einsum("btked,bskd->bstke", q.unflatten(2, (-1, each)).float(), keys.float()) + bias[:, :, None, :, None]
-        share = torch.where(visible.transpose(1, 2)[..., None, None], (score - lse.unflatten(2, (-1, each))[:, None]).exp(), 0)
+        q, lse = (x.unflatten(2, (-1, each)).float() for x in (q, lse))
+        score = torch.einsum("btked,bskd->bstke", q, keys.float()) + bias[:, :, None, :, None]
+        share = torch.where(visible.transpose(1, 2)[..., None, None], (score - lse[:, None]).exp(), 0)
         share = rearrange(share.clamp(max=1), "batch slots time kv each -> batch (time each) kv slots")
         queries = self.family.soft_codes(rearrange(plain, query_heads, **slot_heads))
         slots = self.family.soft_codes(plain_keys)

@@ -17,10 +17,10 @@ from hmlab.layers import Documents
 
 
 class Rows:
-    """start: tokens consumed of the document that each row of the state is in. reset, valid: as given to the call.
+    """start: tokens consumed of the document that each row of the state is in. reset, valid: of a call.
 
-    going: length of the document that goes on, per batch row `[batch]`. row, first, length: of each document that begins
-    here `[documents]`: its batch row, where it begins there once padding lies at the end, and its tokens.
+    going: length of the document that goes on, per batch row `[batch]`. row, first, length: of each document that
+    begins here `[documents]`: its batch row, where it begins there once padding lies at the end, and its tokens.
     """
 
     def __init__(self, start: Int[Tensor, "batch"], reset: Bool[Tensor, "batch time"] | None,
