@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmlab import auxiliary
+from hmlab import auxiliary, hashing
+from hmlab import model as models
 from hmlab.hashing import NOWHERE
 from hmlab.information import DENSITIES
-from hmlab.memories.harmony import Config, Hierarchy, HierarchyConfig
+from hmlab.memories.harmony import Config, Hierarchy, HierarchyConfig, attribute, replay, retrieval_quality
 from hmlab.memories.harmony.compression import Compressor
 from hmlab.memories.harmony.retriever import elect
 from hmlab.record import VOCABULARY, record
@@ -48,7 +49,7 @@ def attention(memory, x):
     k, v = memory.key_value(x).unflatten(-1, (2, h.kv_heads, -1)).unbind(2)
     k = F.normalize(k, dim=-1)
     position = torch.arange(x.shape[1], dtype=torch.float64).expand(len(x), -1)[..., None]
-    q, k = memory._rotate(q, position), memory._rotate(k, position)
+    q, k = memory.rotate(q, position), memory.rotate(k, position)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
     return memory.output(y.transpose(1, 2).flatten(2))
@@ -257,6 +258,39 @@ def test_the_retrieval_loss_teaches_codes():
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+def test_quality_is_perfect_where_every_slot_is_a_candidate():
+    memory = built(retrieval="all", ratios=(2,), densities=())
+    x, _ = inputs(200)
+    halves = hashing.hyperplane.Config(dim=8, heads=2, tables=1, bits=1).build()
+    fine = hashing.hyperplane.Config(dim=8, heads=2, tables=1, bits=8).build()
+    quality = retrieval_quality(memory, x, {"halves": halves, "fine": fine}, tables=(1,), probes=(1, 2))
+    for name in ("recall", "precision", "work"):
+        assert quality[name].sel(family="halves", tables=1, probes=2) == pytest.approx(1)
+    assert 0.3 < quality["work"].sel(family="halves", tables=1, probes=1) < 0.7
+    assert quality["recall"].sel(family="fine", tables=1, probes=1) < 0.3
+    assert 1 < quality.attrs["relevant_slots"] < quality.attrs["readable_slots"] < 100
+
+
+def test_errors_are_attributed():
+    torch.manual_seed(0)
+    memory = Config(**{**SMALL, "dim": 32, "ratios": (4,), "picks": 2, "bits": 6, "tables": 1, "probes": 1})
+    model = models.Config(vocab=64, dim=32, memory=memory, layers=2).build()
+    tokens = inputs(100)[1]
+    found = attribute(model, tokens, tokens.roll(-1, 1))
+    with torch.no_grad():
+        whole = replay(model, retrieval="all", ratios=(1,), budget=1.0, capacity=100)
+        assert torch.equal(whole.blocks[0].memory.query.weight, model.blocks[0].memory.query.weight)
+        logits, _ = whole.eval()(tokens)
+    assert model.training  # as it was
+    torch.testing.assert_close(found.uncompressed, F.cross_entropy(logits.mT, tokens.roll(-1, 1), reduction="none"))
+    torch.testing.assert_close(found.as_is - found.uncompressed, found.collisions + found.compression)
+    # Before the first slots are read there is nothing to be wrong about.
+    assert found.compression[:, :9].abs().max() < 1e-5 < found.compression[:, 50:].abs().max()
+    assert found.collisions[:, 50:].abs().max() > 1e-5
+    with pytest.raises(ValueError, match="model: expected one with a HARMONY memory"):
+        replay(torch.nn.Linear(1, 1))
+
+
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
     memory = Config(**{**SMALL, "densities": ("surprisal", "cross_entropy")}).build().train()
@@ -273,7 +307,7 @@ def test_far_positions_keep_their_angle():
     memory = built(ratios=(1,), budget=1.0, retrieval="all")
     x, _ = inputs(2)
     x = F.normalize(x.unflatten(-1, (2, 8)), dim=-1)
-    near, far = (memory._rotate(x, torch.tensor([[p], [p + 3]], dtype=torch.float64).T[..., None]) for p in (0, 10**7))
+    near, far = (memory.rotate(x, torch.tensor([[p], [p + 3]], dtype=torch.float64).T[..., None]) for p in (0, 10**7))
     for a, b in ((near, near), (far, far)):
         assert a.shape == b.shape
     torch.testing.assert_close((near[:, 0] * near[:, 1]).sum(-1), (far[:, 0] * far[:, 1]).sum(-1), atol=1e-6, rtol=0)

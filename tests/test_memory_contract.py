@@ -11,6 +11,9 @@ from hmlab.templates import my_memory
 from hmlab.testing import POINTS, check_memory
 
 # Small enough that every chunk, window, segment and stride is crossed several times by 33 tokens.
+HARMONY = {"heads": 2, "window": 6, "segment": 4, "ratios": (1, 2, 4), "budget": 2.0, "capacity": 64, "picks": 3,
+           "tables": 2, "bits": 3, "probes": 2, "candidates": 16, "sinks": 2, "query_block": 2, "table": 16,
+           "bigram_table": 16}  # fmt: skip
 FIELDS = {
     "lmn": {
         "logmem": {},
@@ -28,6 +31,12 @@ FIELDS = {
     "transformer-xl": {"": {"segment": 8, "memory": 6}},
     "recurrent": {"gru": {"cell": "gru", "layers": 2}, "lstm": {"cell": "lstm"}},
     "gated-linear": {"": {"chunk": 8}},
+    "harmony": {
+        "none": HARMONY,
+        "heads": {**HARMONY, "sharing": "heads", "kv_heads": 1},
+        "block": {**HARMONY, "sharing": "block"},
+        "all": {**HARMONY, "retrieval": "all", "capacity": 7},
+    },
 }
 # What a memory is checked with: RNN layers under compile; the paper's stop-gradient between segments.
 OPTIONS = {

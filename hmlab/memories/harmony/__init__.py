@@ -21,7 +21,9 @@ unfinished segment, 2 vectors and their codes for each slot, and the counts that
 from .config import HierarchyConfig
 from .hierarchy import Hierarchy
 from .network import Config, Harmony
+from .quality import retrieval_quality
 from .replay import Attribution, attribute, replay
 from .state import State
 
-__all__ = ["Attribution", "Config", "Harmony", "Hierarchy", "HierarchyConfig", "State", "attribute", "replay"]
+__all__ = ["Attribution", "Config", "Harmony", "Hierarchy", "HierarchyConfig", "State", "attribute", "replay",
+           "retrieval_quality"]  # fmt: skip

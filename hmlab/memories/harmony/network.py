@@ -62,17 +62,22 @@ class Harmony(Memory):
 
     def forward(self, x, state=None, *, tokens=None, reset=None, valid=None):
         self.check_input(x, tokens, reset, valid, state)
-        h = self.hierarchy
         if valid is not None:  # whatever it holds, NaN even, must not reach the weights' gradients
             x = torch.where(valid[..., None], x, 0)
-        scale = self.log_scale.exp()
-        q = F.normalize(self.query(x).unflatten(-1, (h.heads, -1)), dim=-1)
-        q = q * scale.repeat_interleave(h.heads // h.kv_heads)[:, None]
-        k, v = self.key_value(x).unflatten(-1, (2, h.kv_heads, -1)).unbind(2)
-        y, state = h(q.to(k.dtype), F.normalize(k, dim=-1), v, state, tokens=tokens, reset=reset, valid=valid,
-                     rotate=self._rotate if self.config.rotary_base else None, norm=scale)  # fmt: skip
+        q, k, v = self.project(x)
+        y, state = self.hierarchy(q, k, v, state, tokens=tokens, reset=reset, valid=valid, rotate=self.rotate,
+                                  norm=self.log_scale.exp())  # fmt: skip
         y = self.output(y.flatten(2))
         return y if valid is None else torch.where(valid[..., None], y, 0), state
 
-    def _rotate(self, x: Float[Tensor, "batch n heads dim"], position: Float[Tensor, "batch n heads_or_1"]) -> Tensor:
-        return rotation(x, position, self.config.rotary_base)
+    def project(self, x: Float[Tensor, "batch time dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[batch, time, heads, head_dim]`, keys and values of the key heads; what the hierarchy is given."""
+        h = self.hierarchy
+        q = F.normalize(self.query(x).unflatten(-1, (h.heads, -1)), dim=-1)
+        q = q * self.log_scale.exp().repeat_interleave(h.heads // h.kv_heads)[:, None]
+        k, v = self.key_value(x).unflatten(-1, (2, h.kv_heads, -1)).unbind(2)
+        return q.to(k.dtype), F.normalize(k, dim=-1), v
+
+    def rotate(self, x: Float[Tensor, "batch n heads dim"], position: Float[Tensor, "batch n heads_or_1"]) -> Tensor:
+        """The rotary phase of positions; x itself without them."""
+        return rotation(x, position, self.config.rotary_base) if self.config.rotary_base else x
