@@ -59,7 +59,8 @@ def retrieval_quality(
         raise ValueError(f"least: expected queries that may read that many slots, got none that may read {least}")
     visible = (kept[:, None] & (readable[:, None] <= time[:, None]))[:, :, None].expand(-1, -1, h.heads, -1)
     each = h.heads // h.kv_heads
-    turned = memory.rotate(q, torch.arange(x.shape[1], device=x.device, dtype=torch.float64)[None, :, None])
+    position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
+    turned = memory.rotate(q, position.expand(len(x), -1)[..., None])
     asked, plain = (turned if c.phase else q)[:, time], q[:, time]
     score = torch.einsum("btked,bskd->btkes", asked.unflatten(2, (-1, each)), made.slots.slot_keys).flatten(2, 3)
     score = score + made.slots.slot_bias.repeat_interleave(each, 2).transpose(1, 2)[:, None]

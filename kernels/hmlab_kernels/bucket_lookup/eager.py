@@ -43,7 +43,7 @@ def _candidates(codes: Tensor, keys: Tensor, limit: Tensor | None, least: Tensor
     limit = torch.full((queries,), slots, device=codes.device) if limit is None else limit.long().clamp(0, slots)
     bound = (codes << 32) + limit[:, None, None]
     # The bucket's slots that may be read lie just before where the first that may not would be.
-    end = torch.searchsorted(keys, bound.flatten(2)).view(bound.shape)
+    end = torch.searchsorted(keys, bound.flatten(2).contiguous()).view(bound.shape)
     place = end[..., None] - torch.arange(1, each + 1, device=keys.device)
     key = keys.gather(2, place.clamp(min=0).flatten(2)).view(place.shape)
     slot = key & 0xFFFFFFFF
