@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -129,6 +130,89 @@ def observation(recording: xr.Dataset, name: str, *, layer: int = 0, batch: int 
     figure.update_layout(title=title or axis_title(array).split(" [")[0].capitalize(),
                          xaxis_title=axis_title(recording["time"]), yaxis_title=axis_title(array))  # fmt: skip
     return themed(figure, theme)
+
+
+def shares(recording: xr.Dataset, name: str = "hit_share", *, over: str = "tiers", layer: int = 0,
+           head: int | None = None, batch: int = 0, points: int = 400, title: str = "", theme: str = "light"
+           ) -> go.Figure:
+    """Areas of an observation whose values along `over` sum to one, stacked along time (head None: mean of heads).
+
+    points: means over neighbouring positions, at most so many, are drawn.
+    """
+    array = recording[name].sel(layer=layer).isel(batch=batch)
+    if over not in array.dims:
+        raise ValueError(f"over: expected one of {sorted(map(str, array.dims))}, got {over!r}")
+    if "heads" in array.dims:
+        array = array.mean("heads") if head is None else array.isel(heads=head)
+    width = -(-array.sizes["time"] // points)
+    array = array.coarsen(time=width, boundary="trim").mean()
+    figure = go.Figure()
+    for number, label in enumerate(array[over].values):
+        colour = COLOURS[number % len(COLOURS)]
+        figure.add_scatter(x=array["time"].values, y=array.sel({over: label}).values, name=str(label), mode="lines",
+                           stackgroup="all", line={"width": 0.5, "color": colour}, fillcolor=colour)  # fmt: skip
+    figure.update_layout(title=title or f"{axis_title(array).capitalize()}, layer {layer}", yaxis_title="share",
+                         xaxis_title=axis_title(recording["time"]))  # fmt: skip
+    figure.update_yaxes(range=[0, 1])
+    return _legend_outside(themed(figure, theme))
+
+
+def tradeoff(measured: xr.Dataset, x: str, y: str, *, by: str, log_x: bool = False, log_y: bool = False,
+             title: str = "", theme: str = "light") -> go.Figure:
+    """One measured quantity over another: a curve for each value along `by`, its points those along all other dims, in
+    the order of x. Points that were not measured are left out."""
+    for name in (x, y):
+        if name not in measured:
+            raise ValueError(f"{'x' if name == x else 'y'}: expected one of {sorted(map(str, measured.data_vars))}, "
+                             f"got {name!r}")  # fmt: skip
+    across, up = xr.broadcast(measured[x], measured[y])
+    if by not in across.dims:
+        raise ValueError(f"by: expected one of {sorted(map(str, across.dims))}, got {by!r}")
+    figure = go.Figure()
+    for number, label in enumerate(across[by].values):
+        along = across.sel({by: label}).values.ravel()
+        values = up.sel({by: label}).values.ravel()
+        there = np.isfinite(along) & np.isfinite(values)
+        order = np.argsort(along[there], kind="stable")
+        style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)], "width": 1.5}
+        figure.add_scatter(x=along[there][order], y=values[there][order], name=str(label), mode="lines+markers",
+                           line=style)  # fmt: skip
+    figure.update_layout(title=title, xaxis_title=axis_title(measured[x]), yaxis_title=axis_title(measured[y]))
+    figure.update_xaxes(type="log" if log_x else "linear")
+    figure.update_yaxes(type="log" if log_y else "linear")
+    return _legend_outside(themed(figure, theme))
+
+
+def ribbons(values: xr.Dataset, *, lines: Sequence[str] = (), title: str = "", texts: Sequence[str] | None = None,
+            theme: str = "light") -> go.Figure:
+    """Variables of one dim as ribbons, one below the other, coloured by rank: what stands high where, whatever its
+    units. lines: the variables that are drawn as lines beneath, in their own units. texts: shown on hovering."""
+    for name in lines:
+        if name not in values:
+            raise ValueError(f"lines: expected some of {sorted(map(str, values.data_vars))}, got {name!r}")
+    names = [str(name) for name in values.data_vars if name not in lines]
+    (dim,) = values.dims
+    along, shown = values[dim].values, [_quoted(text, 80) for text in texts] if texts is not None else None
+    rank = np.stack([np.argsort(np.argsort(values[name].values, kind="stable")) for name in names]) if names else None
+    figure = make_subplots(rows=2 if lines else 1, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    if names:
+        figure.add_heatmap(
+            x=along, y=names, z=rank / max(len(along) - 1, 1), zmin=0, zmax=1, colorscale=AMOUNT, row=1, col=1,
+            text=np.stack([values[name].values for name in names]), ygap=2,
+            customdata=None if shown is None else [shown] * len(names),
+            hovertemplate="%{y}, %{x}: %{text:.3f}<br>%{customdata}<extra></extra>",
+            colorbar={"title": "rank", "len": 0.5 if lines else 1, "y": 0.75 if lines else 0.5, "tickvals": [0, 1],
+                      "ticktext": ["least", "most"]},
+        )  # fmt: skip
+        figure.update_yaxes(autorange="reversed", row=1, col=1)
+    for number, name in enumerate(lines):
+        style = {"color": COLOURS[number % len(COLOURS)], "shape": "hvh", "dash": DASHES[number % len(DASHES)]}
+        figure.add_scatter(x=along, y=values[name].values, name=axis_title(values[name]), mode="lines", line=style,
+                           customdata=shown, hovertemplate="%{y}<br>%{customdata}<extra></extra>", row=2,
+                           col=1)  # fmt: skip
+    figure.update_layout(title=title)
+    figure.update_xaxes(title=axis_title(values[dim]), row=2 if lines else 1, col=1)
+    return _legend_outside(themed(figure, theme)).update_layout(legend={"y": 0.4} if lines else {})
 
 
 def tree(recording: xr.Dataset, time: int, *, layer: int = 0, head: int | None = None, batch: int = 0,

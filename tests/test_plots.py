@@ -67,6 +67,42 @@ def test_next_tokens_shows_the_likeliest_with_their_text():
     assert list(bar.x) == [0.3, 0.6] and list(bar.y) == ["“&lt;b>”", "“⏎”"]
 
 
+def test_shares_stack_to_one_along_time():
+    share = np.random.default_rng(0).dirichlet([1, 2, 3], (1, 1, 10, 2)).transpose(0, 1, 2, 3, 4)
+    data = xr.Dataset({"hit_share": (("layer", "batch", "time", "heads", "tiers"), share)},
+                      {"layer": [3], "tiers": ["sinks", "window", "slots"]})  # fmt: skip
+    figure = plots.shares(data.assign_coords(time=np.arange(10)), layer=3, points=5)
+    assert [trace.name for trace in figure.data] == ["sinks", "window", "slots"]
+    np.testing.assert_allclose(sum(np.array(trace.y) for trace in figure.data), np.ones(5))
+    np.testing.assert_allclose(figure.data[2].y, share[0, 0, :, :, 2].mean(1).reshape(5, 2).mean(1))
+    assert list(figure.data[0].x) == [0.5, 2.5, 4.5, 6.5, 8.5]
+    with pytest.raises(ValueError, match="over: expected one of"):
+        plots.shares(data, over="tables", layer=3)
+
+
+def test_a_tradeoff_has_a_curve_for_each_and_its_points_in_order():
+    work = np.array([[[0.3, 0.1], [0.5, np.nan]], [[0.2, 0.4], [0.1, 0.3]]])
+    data = xr.Dataset({"work": (("family", "tables", "probes"), work), "recall": (("family", "tables", "probes"),
+                      1 - work)}, {"family": ["a", "b"]})  # fmt: skip
+    one, two = plots.tradeoff(data, "work", "recall", by="family").data
+    assert list(one.x) == [0.1, 0.3, 0.5] and list(one.y) == [0.9, 0.7, 0.5] and one.name == "a"
+    assert list(two.x) == [0.1, 0.2, 0.3, 0.4]
+    with pytest.raises(ValueError, match="x: expected one of"):
+        plots.tradeoff(data, "works", "recall", by="family")
+    with pytest.raises(ValueError, match="by: expected one of"):
+        plots.tradeoff(data, "work", "recall", by="bits")
+
+
+def test_ribbons_show_ranks_and_lines_their_values():
+    data = xr.Dataset({"bits": ("segment", [3.0, 1.0, 2.0]), "slots": ("segment", [16, 1, 4])})
+    figure = plots.ribbons(data, lines=["slots"], texts=["<a>", "b", "c"])
+    ribbon, line = figure.data
+    np.testing.assert_allclose(ribbon.z, [[1, 0, 0.5]])
+    assert ribbon.customdata[0][0] == "“&lt;a>”" and list(line.y) == [16, 1, 4]
+    with pytest.raises(ValueError, match="lines: expected some of"):
+        plots.ribbons(data, lines=["slot"])
+
+
 def test_what_cannot_be_drawn_is_named(recordings):
     with pytest.raises(ValueError, match="dim 'node'"):
         plots.level_share(recordings["attention"])
