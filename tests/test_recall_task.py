@@ -168,6 +168,7 @@ def test_a_run_trains_on_it_and_takes_its_checkpoint_up_again(tmp_path):
 def test_provenance_can_be_written_and_the_encoding_read_back(corpus, text, tmp_path):
     data = small(corpus=corpus and text).open()
     facts = json.loads(json.dumps(data.provenance()))
+    assert facts["tokens"]["valid"] == len(data.fillers["valid"])
     assert facts["vocab_size"] == data.vocab_size and str(tmp_path) not in json.dumps(facts)
     assert from_json(data.encoding.to_json()) == data.encoding
 

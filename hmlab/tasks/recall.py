@@ -15,7 +15,7 @@ stream are distinct, values need not be. The distance d, in tokens, is log-unifo
 s uniform over what is free, so one stream may ask near and far.
 
 Chance is 1 / `values`. Source: the needle or passkey test of long-context models (Mohtashami and Jaggi 2023, Landmark
-Attention, arXiv 2305.16300, section 4.2) in the form of associative recall (Arora et al. 2023, Zoology, arXiv
+Attention, arXiv 2305.16300) in the form of associative recall (Arora et al. 2023, Zoology, arXiv
 2312.04927). Errors: ValueError naming the field or argument.
 """
 
@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 import xarray as xr
@@ -74,9 +75,9 @@ class Config:
                 f"{self.context} tokens, got {self.distance}"
             )
 
-    def open(self) -> RecallData:
-        """Load and encode the filler. Raises `corpora.CorpusError`."""
-        corpus = None if self.corpus is None else corpora.load(self.corpus)
+    def open(self, data: str | Path | None = None) -> RecallData:
+        """Load and encode the filler; `data` is a folder that is looked into first. Raises `corpora.CorpusError`."""
+        corpus = None if self.corpus is None else corpora.load(self.corpus, data=data)
         if corpus is None:
             text = "".join(map(chr, range(ord("a"), ord("a") + self.filler)))
         else:
@@ -131,9 +132,10 @@ class RecallData:
         return islice(self.batches(split, torch.Generator().manual_seed(int.from_bytes(digest[:4]))), count)
 
     def provenance(self) -> dict:
-        """What this is, for a run's record. It names no place on this machine."""
+        """What this is, for a run's record; `tokens` are those of filler to draw from. It names no place here."""
         encoding = hashlib.sha256(self.encoding.to_json().encode()).hexdigest()
         facts = {"encoding": "character", "encoding_sha256": encoding, "vocab_size": self.vocab_size}
+        facts["tokens"] = {split: len(filler) for split, filler in self.fillers.items()}
         if self.corpus is None:
             return {"corpus": "random", "sha256": encoding, "licence": "none needed", "source": __name__, **facts}
         corpus = {name: getattr(self.corpus, name) for name in ("sha256", "licence", "source", "division")}
