@@ -120,6 +120,8 @@ def test_every_token_is_in_one_place(rule, promote, tmp_path):
             manager.write(k[:, t : t + 7], v[:, t : t + 7])
             manager.read(3 * q[:, t])
             assert torch.equal(held_mass(manager), torch.full((2, HEADS), t + 7.0))
+            held = manager.state.medium.usage.held.sum(1)
+            assert (manager.state.tables.divided.load.sum(-1) == held[:, None, None]).all()
         if rule != "learned":  # untrained, it may like none of them better
             assert (manager.state.medium.slots.number >= 0).any() == (promote > 0)
 
@@ -234,7 +236,7 @@ def test_reordered_rows_go_on_as_before():
 
 def test_density_sets_the_ratio_within_the_budget():
     ratio = DensityRatio(ratio=16)
-    density = torch.randn(3, 400).cumsum(1) * 0.1 + torch.randn(3, 400)  # drifts
+    density = 20 + 0.1 * torch.randn(3, 400).cumsum(1) + torch.randn(3, 400)  # drifts
     state, k = ratio.init_state(3), torch.zeros(3, 64, 1, 1)
     slots = []
     for one in density.T:
@@ -516,12 +518,12 @@ def test_refined_segments_are_exact():
     """Everything refined through a codec that loses nothing: full attention, whatever the ratio."""
     q, k, v = made(2, 75)
     config = Config(heads=HEADS, dim=DIM, window=9, segment=8, sinks=3, capacity=80, picks=80, fine=9, finer=9,
-                    doubtful=0.0)  # fmt: skip
+                    doubtful=0.0, reach=1.0)  # fmt: skip
     manager = config.build(ratio=FixedRatio(8), fine_codec=Identity())
     manager.write(k, v)
-    reading = manager.read(4 * q[:, 0], exact=True)
-    assert (reading.refined >= 0).any()
-    torch.testing.assert_close(reading.out, full(4 * q[:, 0], k, v), rtol=0, atol=1e-5)
+    reading = manager.read(q[:, 0], exact=True)
+    assert (reading.refined >= 0).sum(1).tolist() == [8, 8]  # all that the window has passed
+    torch.testing.assert_close(reading.out, full(q[:, 0], k, v), rtol=0, atol=1e-5)
 
 
 # Causes
