@@ -87,10 +87,18 @@ def test_the_fixed_distance_that_fills_the_stream():
     assert batch.mask.nonzero()[:, 1].tolist() == [49] * 4 and batch.oracle[:, 49].tolist() == [1] * 4
 
 
-def test_a_free_place_is_left_in_the_fullest_stream():
-    data = small(context=96, pairs=7, distance=(23, 23), batch=200).open()
-    for batch in islice(data.batches("train", generator()), 20):
-        assert (batch.mask.sum(1) == 7).all()
+def test_a_full_stream_is_drawn_until_all_pairs_have_a_place():
+    data = small(context=64, pairs=12, distance=(2, 40), batch=100).open()
+    for batch in islice(data.batches("train", generator()), 5):
+        assert (batch.mask.sum(1) == 12).all()
+        value = batch.oracle.masked_fill(~batch.mask, 0)
+        assert torch.equal(batch.tokens.gather(1, value)[batch.mask], batch.targets[batch.mask])
+
+
+def test_pairs_that_never_fit_are_refused():
+    data = small(context=50, pairs=2, distance=(49, 49)).open()
+    with pytest.raises(ValueError, match=r"pairs: expected few enough for 50 tokens at distances \(49, 49\), got 2"):
+        next(data.batches("train", generator()))
 
 
 def test_the_generators_state_is_all_there_is():
@@ -182,9 +190,11 @@ def test_sizes_below_one_are_refused(field):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"keys: expected at least pairs \(3\), got 2"):
         small(keys=2)
-    for distance in ((1, 5), (5, 4), (2, 72)):
-        with pytest.raises(ValueError, match=r"distance: .* most <= 71 for 3 pairs in 96 tokens, got"):
+    for distance in ((1, 5), (5, 4), (2, 96)):
+        with pytest.raises(ValueError, match=r"distance: .* most < context \(96\), got"):
             small(distance=distance)
+    with pytest.raises(ValueError, match="pairs: expected at most 24 in 96 tokens, got 25"):
+        small(pairs=25)
     with pytest.raises(ValueError, match=r"split: expected train or valid or test, got 'dev'"):
         small().open().batches("dev", generator())
     with pytest.raises(ValueError, match="chunk: expected at least 1, got 0"):

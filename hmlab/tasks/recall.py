@@ -12,7 +12,8 @@ A stream of `context` + 1 tokens is filler with `pairs` keys in it, each followe
 The first is the planting, the second the question (the key) with its answer (the value). Only answers count: `mask`
 is True at s + d, whose target is the value, and `oracle` holds s + 1, the place of the planted value. Keys of one
 stream are distinct, values need not be. The distance d, in tokens, is log-uniform over whole numbers, and the place
-s uniform over what is free, so one stream may ask near and far.
+s uniform over what the pairs before it left free, so one stream may ask near and far. (In a very full stream far pairs
+find a place less often than near ones.)
 
 Chance is 1 / `values`. Source: the needle or passkey test of long-context models (Mohtashami and Jaggi 2023, Landmark
 Attention, arXiv 2305.16300) in the form of associative recall (Arora et al. 2023, Zoology, arXiv
@@ -40,8 +41,8 @@ from hmlab.tasks import Batch
 
 # Keys and values are written as characters from here on that the filler has none of.
 FIRST_SIGN = 0x4E00
-# A pair takes 4 tokens, and each of its two places forbids at most 3 starts to either half of another pair.
-STARTS_PER_PAIR = 12
+# A stream so full that pairs find no place is drawn anew this often.
+DRAWS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,12 @@ class Config:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.keys < self.pairs:
             raise ValueError(f"keys: expected at least pairs ({self.pairs}), got {self.keys}")
-        # With the farthest pair, a free place is left whatever the others took.
-        most = self.context - 1 - STARTS_PER_PAIR * (self.pairs - 1)
-        if not 2 <= self.distance[0] <= self.distance[1] <= most:
+        if 4 * self.pairs > self.context + 1:
+            most = (self.context + 1) // 4
+            raise ValueError(f"pairs: expected at most {most} in {self.context} tokens, got {self.pairs}")
+        if not 2 <= self.distance[0] <= self.distance[1] < self.context:
             raise ValueError(
-                f"distance: expected least and most, 2 <= least <= most <= {most} for {self.pairs} pairs in "
-                f"{self.context} tokens, got {self.distance}"
+                f"distance: expected least and most, 2 <= least <= most < context ({self.context}), got {self.distance}"
             )
 
     def open(self, data: str | Path | None = None) -> RecallData:
@@ -171,18 +172,35 @@ class RecallData:
     ) -> tuple[Int64[Tensor, "batch pairs"], Int64[Tensor, "batch pairs"]]:
         """Where each key is planted and how far on it is asked, so that no two places overlap."""
         config = self.config
+        start = torch.zeros(config.batch, config.pairs, dtype=torch.int64)
+        distance, rows = start.clone(), torch.arange(config.batch)
+        for _ in range(DRAWS):
+            start[rows], distance[rows], fits = self._draw(len(rows), generator)
+            rows = rows[~fits]
+            if not len(rows):
+                return start, distance
+        raise ValueError(
+            f"pairs: expected few enough for {config.context} tokens at distances {config.distance}, got {config.pairs}"
+        )
+
+    def _draw(
+        self, rows: int, generator: torch.Generator
+    ) -> tuple[Int64[Tensor, "rows pairs"], Int64[Tensor, "rows pairs"], Bool[Tensor, "rows"]]:
+        """Starts, distances, and whether all of a row fits; pair after pair on what those before it left free."""
+        config = self.config
         least, most = config.distance
-        span = torch.rand(config.batch, config.pairs, generator=generator, dtype=torch.float64)
+        share = torch.rand(rows, config.pairs, generator=generator, dtype=torch.float64)
         # Whole number d has the share ln((d + 1) / d) of ln((most + 1) / least).
-        distance = (least * (span * math.log((most + 1) / least)).exp()).long().clamp(least, most)
-        taken = torch.zeros(config.batch, config.context + 1, dtype=torch.bool)
-        starts, rows = [], torch.arange(config.batch)
+        distance = (least * (share * math.log((most + 1) / least)).exp()).long().clamp(least, most)
+        taken = torch.zeros(rows, config.context + 1, dtype=torch.bool)
+        starts, row, fits = [], torch.arange(rows), torch.ones(rows, dtype=torch.bool)
         for ahead in distance.T:
-            start = _one_of(_free(taken, ahead), generator)
+            free = _free(taken, ahead)
+            start, fits = _one_of(free, generator), fits & free.any(1)
             for place in (start, start + 1, start + ahead, start + ahead + 1):
-                taken[rows, place] = True
+                taken[row, place] = True
             starts.append(start)
-        return torch.stack(starts, 1), distance
+        return torch.stack(starts, 1), distance, fits
 
 
 def _free(taken: Bool[Tensor, "batch stream"], ahead: Int64[Tensor, "batch"]) -> Bool[Tensor, "batch time"]:
