@@ -4,8 +4,9 @@
     confidence = Z / (Z + Ẑ)        Z = Σ exp(score) over the slots retrieved,  Ẑ an estimate over the tier's other ones
     Ẑ = Σ_i size_i · exp(score_i) · [i was not retrieved]    one slot i drawn from each of equal strata of the places
 
-Ẑ is unbiased, whatever was retrieved. It is an average: a single slot of great mass that is neither retrieved nor
-drawn stays unseen, but then what was retrieved is no better than what was drawn: confidence is about retrieved / held.
+Ẑ is unbiased, whatever was retrieved, but the more peaked the scores are the longer its tail: most draws are below the
+mean, and confidence is then mostly too high. A query that wants one slot and misses it is noticed all the same, since
+what it retrieves is no better than what is drawn; one that finds one of two is not.
 
 A slot may hide a token. With k̂ the mean and ρ the radius of a slot, the largest distance from it of the segment's
 tokens that it is the nearest slot of, and n the longest key so far, any such token has, for a reach c of 1,
