@@ -13,7 +13,7 @@ import torch
 from hmlab_kernels.bench import Case, measure
 from torch import Tensor
 
-from hmlab import model
+from hmlab import bench_harmony, model
 from hmlab.memories import lmn
 from hmlab.memories.lmn.authors import published_forward
 from hmlab.registry import UnknownName, memory_config
@@ -59,7 +59,8 @@ def suites() -> dict[str, Callable[[str], Iterable[Case]]]:
     def of(op: str) -> Callable[[str], Iterable[Case]]:
         return lambda device: importlib.import_module(f"hmlab_kernels.{op}.cases").benchmarks(device)
 
-    return {"lmn-forward": lmn_forward, "lmn-training": lmn_training, **{op: of(op) for op in hmlab_kernels.OPS}}
+    layers = {"lmn-forward": lmn_forward, "lmn-training": lmn_training, "harmony": bench_harmony.cases}
+    return layers | {op: of(op) for op in hmlab_kernels.OPS}
 
 
 def run(names: Sequence[str] = (), *, device: str = "cpu", seconds: float = 2.0,
@@ -71,7 +72,9 @@ def run(names: Sequence[str] = (), *, device: str = "cpu", seconds: float = 2.0,
             raise UnknownName("benchmark", name, known)
     torch.manual_seed(0)
     cases = (case for name in names or known for case in known[name](device))
-    return measure(cases, device=device, seconds=seconds, progress=progress)
+    readings: bench_harmony.Readings = {}
+    measured = measure(bench_harmony.metered(cases, readings), device=device, seconds=seconds, progress=progress)
+    return bench_harmony.with_readings(measured, readings) if readings else measured
 
 
 def _block(memory, device: str) -> model.Block:
