@@ -23,7 +23,7 @@ class HierarchyConfig:
     network on each segment; "density", the denser than the document so far, the finer, for use without training.
     budget: mean ratio to be met. codec: what makes slots of segments. capacity: slots that can be read at a time, the
     oldest are forgotten. phase: slots carry the rotary phase of their mean position. spread: the score of a slot
-    allows for the spread of its keys (needs keys of unit norm).
+    allows for the spread of its keys, by amounts that are learned (needs keys of unit norm).
     densities: from `hmlab.information.DENSITIES`; table, bigram_table: buckets that their counts have.
     Addressing. retrieval: "hash", the best of those with equal codes; "exact", the best of all; "all", no choice;
     "none", no slots are made, and what leaves the window is forgotten. picks: slots that a query reads. family: of the

@@ -2,11 +2,14 @@
 
     out_t = Σ_j softmax_j(q_t · k_j + bias_j) v_j   over { sinks, window of t, slots picked for t }
     window of t: from floor(max(t - W + 1, 0) / S) · S to t;   slots of a segment: from when it lies before all that
-    bias of a slot = log mass + |q|² (1 - |k̂|²) / (2 dim),   of a token 0
+    of a slot: k = k̂ / |k̂|^α,   bias = β log mass + γ |q|² (1 - |k̂|²) / (2 dim);   of a token: bias 0
 
-The second term of the bias is ours: where keys have unit norm, a mean k̂ shorter than 1 tells how far they spread about
-it, and Σ exp(q · k_i) exceeds mass · exp(q · k̂) by that factor, to second order and for a spread alike in all
-directions. At ratio 1 it is 0, and with ratio 1, phase and all slots read the hierarchy equals causal attention.
+With α = 0, β = γ = 1, as training begins, this estimates the log of Σ exp(q · k_i) over the slot's tokens: where keys
+have unit norm, a mean k̂ shorter than 1 tells how far they spread about it, and the sum exceeds mass · exp(q · k̂) by
+the last term, to second order and for a spread alike in all directions. A query that wants one token of several needs
+another slot score: with α = 2 and orthogonal keys q · k is what it was for the token alone. α, β, γ are ours, learned
+for each key head. At ratio 1 they have no effect: with ratio 1, phase and all slots read the hierarchy equals causal
+attention, but for 1e-6 of α.
 
 `Hierarchy` takes queries, keys and values, and so also serves models whose projections are not ours.
 """

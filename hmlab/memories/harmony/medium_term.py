@@ -50,6 +50,10 @@ class MediumTerm(nn.Module):
         super().__init__()
         self.config = config
         self.compressor = Compressor(config, kv_heads=kv_heads, head_dim=head_dim)
+        if config.spread:
+            self.sharpness = nn.Parameter(torch.zeros(kv_heads))
+            self.crowding = nn.Parameter(torch.ones(kv_heads))
+            self.variance = nn.Parameter(torch.ones(kv_heads))
 
     def write(
         self, k: Float[Tensor, "rows time kv_heads dim"], v: Float[Tensor, "rows time kv_heads dim"],
@@ -92,13 +96,15 @@ class MediumTerm(nn.Module):
         segment = number[..., None].expand(rows, segments, most).flatten(1)
         keys, values, mass, place = (x.flatten(1, 2) for x in made)
         mass, place = mass.to(held.slot_mass.dtype), place.to(held.slot_place.dtype)
-        bias = torch.where(mass > 0, mass, 1).log().masked_fill(mass <= 0, -torch.inf)
+        bias, turned = torch.where(mass > 0, mass, 1).log(), keys
         if norm is not None and self.config.spread:
-            spread = (1 - keys.to(bias.dtype).square().sum(-1)).clamp(min=0)
-            bias = bias + norm.to(bias.dtype).square() * spread / (2 * keys.shape[-1])
-        turned = keys
+            length = keys.to(bias.dtype).square().sum(-1).clamp(max=1)
+            spread = norm.to(bias.dtype).square() * (1 - length) / (2 * keys.shape[-1])
+            bias = self.crowding * bias + self.variance * spread
+            turned = keys * ((length + 1e-6) ** (-self.sharpness / 2)).to(keys.dtype)[..., None]
+        bias = bias.to(mass.dtype).masked_fill(mass <= 0, -torch.inf)
         if self.config.phase:
-            turned = rotate(keys, segment[..., None] * size + place.double())
+            turned = rotate(turned, segment[..., None] * size + place.double())
         topics = held.topic[:, None]
         if retriever.family is None:
             codes = held.codes.new_zeros(*mass.shape, 0)
