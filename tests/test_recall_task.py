@@ -49,6 +49,23 @@ def test_an_answer_is_the_value_beside_the_key_at_its_first_place(corpus, text):
             assert 2 <= question - (value - 1) <= 60
 
 
+def test_a_copied_passage_is_asked_from_its_second_saying_on():
+    data = small(form="copy", distance=(5, 20)).open()
+    lengths = set()
+    for batch in islice(data.batches("train", generator()), 50):
+        assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        for row in range(4):
+            first = int(batch.mask[row].nonzero()[0])
+            lengths.add(length := first + 1)
+            assert batch.mask[row, first:].all() and torch.equal(batch.oracle[row] >= 0, batch.mask[row])
+            assert torch.equal(batch.oracle[row, first:], torch.arange(96 - first))
+            assert torch.equal(batch.tokens[row][batch.oracle[row, first:]], batch.targets[row, first:])
+            assert len(batch.tokens[row, :length].unique()) > length // 2
+    assert min(lengths) == 5 and max(lengths) == 20
+    found = recall.answers(Oracle(data.vocab_size, reach=10), data.evaluation_batches("valid", 2, 0))
+    assert set(found.distance.values) <= lengths and (found.correct | (found.distance > 10)).mean() > 0.8
+
+
 @pytest.mark.parametrize("corpus", [None, "text"])
 def test_all_but_keys_and_values_is_filler(corpus, text):
     data = small(corpus=corpus and text).open()

@@ -15,9 +15,14 @@ stream are distinct, values need not be. The distance d, in tokens, is log-unifo
 s uniform over what the pairs before it left free, so one stream may ask near and far. (In a very full stream far pairs
 find a place less often than near ones.)
 
-Chance is 1 / `values`. Source: the needle or passkey test of long-context models (Mohtashami and Jaggi 2023, Landmark
-Attention, arXiv 2305.16300) in the form of associative recall (Arora et al. 2023, Zoology, arXiv
-2312.04927). Errors: ValueError naming the field or argument.
+Models begin to look keys up only after many answers, and pairs give few. `form="copy"` gives many: a passage of d
+random tokens said again and again, each token after the first saying an answer. Some hundred steps on streams of 48
+tokens teach the look-up; pairs at growing contexts then teach the task.
+
+Chance is 1 / `values` (pairs), 1 / `vocab_size` (copy). Sources: the needle or passkey test of long-context models
+(Mohtashami and Jaggi 2023, Landmark Attention, arXiv 2305.16300) in the form of associative recall (Arora et al. 2023,
+Zoology, arXiv 2312.04927); copying as what look-up grows from: Olsson et al. 2022, In-context Learning and Induction
+Heads (arXiv 2209.11895). Errors: ValueError naming the field or argument.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 import xarray as xr
@@ -47,12 +53,14 @@ DRAWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """batch: streams in a batch. context: tokens in a stream. pairs: keys planted and asked in each. distance: least
-    and most tokens from a key to its question; equal for a fixed distance. keys, values: how many there are to draw
+    """form: pairs, or copy of random passages (see above). batch: streams in a batch. context: tokens in a stream.
+    pairs: keys planted and asked in each. distance: least and most tokens from a key to its question, or of a passage;
+    equal for a fixed distance. keys, values: how many there are to draw
     from. filler: letters of uniformly random filler. corpus: a name of `corpora.catalogue()` or a path; its text, by
     characters and begun anywhere, is the filler in place of random letters. Text shorter than a stream begins again.
     """
 
+    form: Literal["pairs", "copy"] = "pairs"
     batch: int = 16
     context: int = 512
     pairs: int = 8
@@ -63,6 +71,8 @@ class Config:
     corpus: str | None = None
 
     def __post_init__(self) -> None:
+        if self.form not in ("pairs", "copy"):
+            raise ValueError(f"form: expected pairs or copy, got {self.form!r}")
         for name in ("batch", "context", "pairs", "keys", "values", "filler"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -124,7 +134,7 @@ class RecallData:
         if split not in self.fillers or not len(self.fillers[split]):
             known = " or ".join(name for name, text in self.fillers.items() if len(text))
             raise ValueError(f"split: expected {known}, got {split!r}")
-        return self._streams(self.fillers[split], generator)
+        return self._copies(generator) if self.config.form == "copy" else self._pairs(self.fillers[split], generator)
 
     def evaluation_batches(self, split: str, count: int, seed: int) -> Iterator[Batch]:
         """`count` batches, always the same for a split and a seed, and none that a training with that seed draws."""
@@ -142,7 +152,17 @@ class RecallData:
         corpus = {name: getattr(self.corpus, name) for name in ("sha256", "licence", "source", "division")}
         return {"corpus": self.corpus.name, **corpus, **facts}
 
-    def _streams(self, filler: Int64[Tensor, "time"], generator: torch.Generator) -> Iterator[Batch]:
+    def _copies(self, generator: torch.Generator) -> Iterator[Batch]:
+        config, time = self.config, torch.arange(self.config.context + 1)
+        while True:
+            length = self._distances(config.batch, 1, generator)
+            drawn = torch.randint(self.vocab_size, (config.batch, len(time)), generator=generator)
+            stream = drawn.gather(1, time % length)
+            mask = time[1:] >= length
+            oracle = torch.where(mask, time[1:] - length, -1)
+            yield Batch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), mask, oracle=oracle)
+
+    def _pairs(self, filler: Int64[Tensor, "time"], generator: torch.Generator) -> Iterator[Batch]:
         config = self.config
         rows = torch.arange(config.batch)[:, None]
         while True:
@@ -187,12 +207,8 @@ class RecallData:
         self, rows: int, generator: torch.Generator
     ) -> tuple[Int64[Tensor, "rows pairs"], Int64[Tensor, "rows pairs"], Bool[Tensor, "rows"]]:
         """Starts, distances, and whether all of a row fits; pair after pair on what those before it left free."""
-        config = self.config
-        least, most = config.distance
-        share = torch.rand(rows, config.pairs, generator=generator, dtype=torch.float64)
-        # Whole number d has the share ln((d + 1) / d) of ln((most + 1) / least).
-        distance = (least * (share * math.log((most + 1) / least)).exp()).long().clamp(least, most)
-        taken = torch.zeros(rows, config.context + 1, dtype=torch.bool)
+        distance = self._distances(rows, self.config.pairs, generator)
+        taken = torch.zeros(rows, self.config.context + 1, dtype=torch.bool)
         starts, row, fits = [], torch.arange(rows), torch.ones(rows, dtype=torch.bool)
         for ahead in distance.T:
             free = _free(taken, ahead)
@@ -201,6 +217,12 @@ class RecallData:
                 taken[row, place] = True
             starts.append(start)
         return torch.stack(starts, 1), distance, fits
+
+    def _distances(self, rows: int, count: int, generator: torch.Generator) -> Int64[Tensor, "{rows} {count}"]:
+        least, most = self.config.distance
+        share = torch.rand(rows, count, generator=generator, dtype=torch.float64)
+        # Whole number d has the share ln((d + 1) / d) of ln((most + 1) / least).
+        return (least * (share * math.log((most + 1) / least)).exp()).long().clamp(least, most)
 
 
 def _free(taken: Bool[Tensor, "batch stream"], ahead: Int64[Tensor, "batch"]) -> Bool[Tensor, "batch time"]:
