@@ -126,7 +126,10 @@ def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor],
     phases = list(setting.phases)
     if memory != "full":
         # What is not there is what makes slots, and has not been used yet.
-        model.load_state_dict(load_file(shared), strict=False)
+        own = model.state_dict()
+        known = {name: value for name, value in load_file(shared).items()
+                 if name in own and own[name].shape == value.shape}  # fmt: skip
+        model.load_state_dict(known, strict=False)
         phases = phases[-1:]
     facts: dict[str, float] = {}
     for phase in phases:

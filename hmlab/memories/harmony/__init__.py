@@ -13,6 +13,10 @@ segment is (`compression`, `medium_term`); the oldest are forgotten once the tie
 Addressing: codes of learned hyperplanes, or of any other family; k slots for a query, or for a block of queries
 (`retriever`, `sharing`). Every token is in exactly one place: sink, window or slots.
 
+`replay` gives the same weights other choices and `attribute` says what codes and compression cost; `retrieval_quality`
+measures what codes find. `manager` holds the tiers token by token, for what only a stream can do: other evictions,
+promotion, the disk, adaptive buckets, repair of what was missed or compressed too much.
+
 Symbols: E dim, H heads, D = E / H, W window, S segment, r ratio, s scale of scores (one for each key head, learned).
 Forward and step are one function. The state holds 2 · (W + S - 2 + sinks) vectors of a key head, S - 1 keys of the
 unfinished segment, 2 vectors and their codes for each slot, and the counts that densities need.
