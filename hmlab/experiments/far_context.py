@@ -119,7 +119,7 @@ def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor],
     """The model after all phases, from the folder if it is there; and what the last one took."""
     torch.manual_seed(seed)
     model = setting.model(memory)
-    done, shared = folder / f"{_slug(memory)}-{seed}.safetensors", folder / f"copying-{seed}.safetensors"
+    done, shared = folder / f"{slug(memory)}-{seed}.safetensors", folder / f"copying-{seed}.safetensors"
     if done.exists():
         model.load_state_dict(load_file(done))
         return model, json.loads(done.with_suffix(".cost.json").read_text())
@@ -196,7 +196,7 @@ def _last(model: models.LanguageModel, tokens: Tensor, end: int, length: int) ->
     return F.cross_entropy(logits[0, -FAR:], window[0, -FAR:]).item()
 
 
-def _slug(memory: str) -> str:
+def slug(memory: str) -> str:
     return memory.replace("/", "_").replace(" ", "-")
 
 
@@ -209,7 +209,7 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
     rows = {}
     for seed in seeds:
         for memory in sorted(memories, key=lambda name: name != "full"):  # the others go on from its first phases
-            kept = folder / f"{_slug(memory)}-{seed}.json"
+            kept = folder / f"{slug(memory)}-{seed}.json"
             if not kept.exists():
                 model, facts = trained(setting, memory, seed, data.tokens, folder, say)
                 found = measured(setting, memory, seed, model, data.tokens["valid"]) | facts

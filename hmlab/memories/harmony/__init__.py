@@ -27,7 +27,8 @@ from .hierarchy import Hierarchy
 from .network import Config, Harmony
 from .quality import retrieval_quality
 from .replay import Attribution, attribute, replay
+from .retriever import LSHRetriever
 from .state import State
 
-__all__ = ["Attribution", "Config", "Harmony", "Hierarchy", "HierarchyConfig", "State", "attribute", "replay",
-           "retrieval_quality"]  # fmt: skip
+__all__ = ["Attribution", "Config", "Harmony", "Hierarchy", "HierarchyConfig", "LSHRetriever", "State", "attribute",
+           "replay", "retrieval_quality"]  # fmt: skip
