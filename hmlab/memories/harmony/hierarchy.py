@@ -4,12 +4,13 @@
     window of t: from floor(max(t - W + 1, 0) / S) · S to t;   slots of a segment: from when it lies before all that
     of a slot: k = k̂ / |k̂|^α,   bias = β log mass + γ |q|² (1 - |k̂|²) / (2 dim);   of a token: bias 0
 
-With α = 0, β = γ = 1, as training begins, this estimates the log of Σ exp(q · k_i) over the slot's tokens: where keys
-have unit norm, a mean k̂ shorter than 1 tells how far they spread about it, and the sum exceeds mass · exp(q · k̂) by
-the last term, to second order and for a spread alike in all directions. A query that wants one token of several needs
-another slot score: with α = 2 and orthogonal keys q · k is what it was for the token alone. α, β, γ are ours, learned
-for each key head. At ratio 1 they have no effect: with ratio 1, phase and all slots read the hierarchy equals causal
-attention, but for 1e-6 of α.
+With α = 0, β = γ = 1 this estimates the log of Σ exp(q · k_i) over the slot's tokens: where keys have unit norm, a mean
+k̂ shorter than 1 tells how far they spread about it, and the sum exceeds mass · exp(q · k̂) by the last term, to second
+order and for a spread alike in all directions. A query that wants one token of several needs another score: with α = 1
+and β = 0 a slot is one token of the mean direction, with α = 2 and orthogonal keys q · k is what it was for the token
+alone. α, β, γ are ours, learned for each key head from 1, 0, 1/2. At ratio 1 they have no effect: with ratio 1, phase
+and all slots read the hierarchy equals causal attention, but for 1e-6 of α. Where keys have no unit norm, or without
+`spread`, α = γ = 0 and β = 1.
 
 `Hierarchy` takes queries, keys and values, and so also serves models whose projections are not ours.
 """

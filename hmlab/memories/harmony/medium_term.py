@@ -51,9 +51,10 @@ class MediumTerm(nn.Module):
         self.config = config
         self.compressor = Compressor(config, kv_heads=kv_heads, head_dim=head_dim)
         if config.spread:
-            self.sharpness = nn.Parameter(torch.zeros(kv_heads))
-            self.crowding = nn.Parameter(torch.ones(kv_heads))
-            self.variance = nn.Parameter(torch.ones(kv_heads))
+            # A slot begins as one token of its keys' direction: attention that was trained on tokens loses least so.
+            self.sharpness = nn.Parameter(torch.ones(kv_heads))
+            self.crowding = nn.Parameter(torch.zeros(kv_heads))
+            self.variance = nn.Parameter(torch.full((kv_heads,), 0.5))
 
     def write(
         self, k: Float[Tensor, "rows time kv_heads dim"], v: Float[Tensor, "rows time kv_heads dim"],
