@@ -35,7 +35,7 @@ from torch import Tensor
 from hmlab import atomic, results, train
 from hmlab import model as models
 from hmlab.memories import harmony
-from hmlab.provenance import provenance
+from hmlab.provenance import checkout, provenance
 from hmlab.tasks import Batch, language
 
 FIXED = {"densities": (), "retrieval": "all"}
@@ -83,7 +83,7 @@ class Setting:
         Phase(context=48, batch=16, steps=1200, repeated=1.0, passage=20),
         Phase(context=128, batch=8, steps=250, repeated=0.5, passage=60),
         Phase(context=256, batch=4, steps=250, repeated=0.25, passage=100),
-        Phase(context=1024, batch=2, steps=1000, cosine=True),
+        Phase(context=1024, batch=2, steps=500, cosine=True),
     )
     evaluated: int = 128  # windows of the validation text
 
@@ -165,7 +165,7 @@ def losses(model: models.LanguageModel, tokens: Tensor, context: int, windows: i
     return torch.stack(found)
 
 
-def measured(setting: Setting, memory: str, seed: int, model: models.LanguageModel, tokens: Tensor) -> dict[str, Any]:
+def measured(setting: Setting, memory: str, model: models.LanguageModel, tokens: Tensor) -> dict[str, Any]:
     """Losses by position and by length of context, and the mean ratio of what was compressed."""
     context = setting.phases[-1].context
     each = losses(model, tokens, context, setting.evaluated)
@@ -212,7 +212,7 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
             kept = folder / f"{slug(memory)}-{seed}.json"
             if not kept.exists():
                 model, facts = trained(setting, memory, seed, data.tokens, folder, say)
-                found = measured(setting, memory, seed, model, data.tokens["valid"]) | facts
+                found = measured(setting, memory, model, data.tokens["valid"]) | facts | {"commit": checkout()[0]}
                 atomic.write_bytes(kept, json.dumps(found).encode())
             rows[memory, seed] = json.loads(kept.read_text())
             say(f"{memory}, seed {seed}: {rows[memory, seed]['far']:.4f} nats per token from position {FAR} on")
@@ -227,7 +227,8 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
     dataset = dataset.assign_coords(length=list(LENGTHS), position=list(BOUNDS[:-1]))
     for name in ("far", "by_length", "by_position"):
         dataset[name].attrs["units"] = "nats per token"
-    return dataset.assign_attrs(setting=asdict(setting), corpus=data.provenance())
+    commits = sorted({str(row["commit"]) for row in rows.values()})
+    return dataset.assign_attrs(setting=asdict(setting), corpus=data.provenance(), trained_at=commits)
 
 
 def main(arguments: list[str] | None = None) -> int:
