@@ -20,6 +20,7 @@ from hmlab.codecs import (
     HeadPruning,
     Identity,
     KMeans,
+    Landmarks,
     LearnedSlots,
     MeanPool,
     Quantisation,
@@ -40,6 +41,7 @@ CONFIGS = {
     "mean-pool": MeanPool.Config(),
     "strided-convolution": StridedConvolution.Config(**HEAD, ratios=(1, 2, 4, 12)),
     "k-means": KMeans.Config(),
+    "landmarks": Landmarks.Config(),
     "token-pruning": TokenPruning.Config(by="keys"),
     "head-pruning": HeadPruning.Config(),
     "truncated-svd": TruncatedSVD.Config(),
@@ -485,3 +487,17 @@ def test_a_code_is_a_tuple_of_tensors_and_sizes():
         code = _codec(name, k, v).encode(k, v, _sizes(name)[0])
         assert isinstance(code, Code) and all(isinstance(x, torch.Tensor | int) for x in leaves(code))
         assert bits(code) == 8 * sum(x.nbytes for x in leaves(code) if isinstance(x, torch.Tensor))
+
+
+def test_landmarks_are_the_tokens_that_stand_out():
+    k, v = _segments()
+    v = v * 0.01
+    v[:, :, 5], v[:, :, 9] = 3.0, -2.0
+    slots = Landmarks.Config().build()
+    found = slots.decode(slots.encode(k, v, 3))
+    assert (found.position[:, :, :2] == torch.tensor([5.0, 9.0])[:, None]).all()
+    assert torch.equal(found.k[:, :, 0], k[:, :, 5]) and torch.equal(found.v[:, :, 1], v[:, :, 9])
+    rest = [t for t in range(SEGMENT) if t not in (5, 9)]
+    torch.testing.assert_close(found.k[:, :, 2], k[:, :, rest].mean(2))
+    assert (found.mass == torch.tensor([1.0, 1.0, SEGMENT - 2])[:, None]).all()
+    torch.testing.assert_close(found.position[0, 0, 2, 0], torch.tensor(rest).float().mean())

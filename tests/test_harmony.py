@@ -57,7 +57,7 @@ def attention(memory, x):
 
 @pytest.mark.parametrize("fields", [
     {}, {"sinks": 0}, {"sinks": 5}, {"window": 1}, {"window": 7, "segment": 3}, {"kv_heads": 1},
-    {"window": 64, "segment": 64}, {"retrieval": "exact", "picks": 41, "sharing": "none"},
+    {"window": 64, "segment": 64}, {"codec": "landmarks", "sinks": 0}, {"retrieval": "exact", "picks": 41, "sharing": "none"},
 ])  # fmt: skip
 def test_ratio_1_with_all_slots_is_causal_attention(fields):
     memory = built(**{"ratios": (1,), "budget": 1.0, "retrieval": "all", **fields})
@@ -161,7 +161,7 @@ def test_no_family_looks_ahead(family, sharing):
 
 
 @pytest.mark.unchecked
-@pytest.mark.parametrize("codec", ["mean_pool", "strided_convolution", "k_means"])
+@pytest.mark.parametrize("codec", ["mean_pool", "strided_convolution", "k_means", "landmarks"])
 def test_other_codecs_keep_the_contract(codec):
     prove(codec=codec, sinks=0)
 

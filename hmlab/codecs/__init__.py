@@ -13,6 +13,7 @@
 from hmlab.codecs.chain import Chain
 from hmlab.codecs.codec import Code, Codec, Distortion, Identity, bits
 from hmlab.codecs.curve import gaussian_bound, rate_distortion
+from hmlab.codecs.landmarks import Landmarks
 from hmlab.codecs.lossless import (
     LZW,
     TOKEN_CODECS,
@@ -34,6 +35,7 @@ CODECS: dict[str, type[Codec]] = {
     "mean-pool": MeanPool,
     "strided-convolution": StridedConvolution,
     "k-means": KMeans,
+    "landmarks": Landmarks,
     "token-pruning": TokenPruning,
     "head-pruning": HeadPruning,
     "truncated-svd": TruncatedSVD,
@@ -58,6 +60,7 @@ __all__ = [
     "Huffman",
     "Identity",
     "KMeans",
+    "Landmarks",
     "LearnedSlots",
     "MeanPool",
     "Quantisation",

@@ -44,10 +44,10 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "full again": {"window": 1024, "retrieval": "none"},
     "window": {"retrieval": "none"},
     "ratio 4": {"ratios": (4,), **FIXED},
-    "ratio 16": {"ratios": (16,), **FIXED},
-    "budget 4": {"ratios": (1, 2, 4, 8, 16, 32, 64), "budget": 4.0, "retrieval": "all"},
+    "landmarks 4": {"ratios": (4,), "codec": "landmarks", "sinks": 0, **FIXED},
+    "landmarks 16": {"ratios": (16,), "codec": "landmarks", "sinks": 0, **FIXED},
     "budget 16": {"ratios": (1, 2, 4, 8, 16, 32, 64), "budget": 16.0, "retrieval": "all"},
-    "1/16 of tokens": {"ratios": (1,), "densities": (), "retrieval": "exact", "picks": 60},
+    "1/16 read": {"ratios": (1,), "densities": (), "retrieval": "exact", "picks": 60},
 }  # fmt: skip
 BOUNDS = (0, 64, 128, 256, 512, 1024)
 FAR = 256  # positions from here on lie beyond all windows and have seen some text

@@ -211,3 +211,5 @@ def _codec(c: HierarchyConfig, kv_heads: int, dim: int) -> nn.Module:
             return codecs.StridedConvolution.Config(dim=dim, kv_heads=kv_heads, ratios=c.ratios).build()
         case "k_means":
             return codecs.KMeans.Config().build()
+        case "landmarks":
+            return codecs.Landmarks.Config().build()

@@ -10,7 +10,7 @@ from hmlab.information import DensityConfig
 from hmlab.layers import check_positive
 
 Family = Literal["learned", "hyperplane", "cross_polytope", "p_stable", "mixture", "tree", "minhash"]
-Codec = Literal["learned", "mean_pool", "strided_convolution", "k_means"]
+Codec = Literal["learned", "mean_pool", "strided_convolution", "k_means", "landmarks"]
 
 
 @dataclass(frozen=True, kw_only=True)
