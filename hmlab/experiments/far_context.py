@@ -85,7 +85,7 @@ class Setting:
         Phase(context=256, batch=4, steps=250, repeated=0.25, passage=100),
         Phase(context=1024, batch=2, steps=500, cosine=True),
     )
-    evaluated: int = 128  # windows of the validation text
+    evaluated: int = 128  # windows of the validation text; one in sixteen of them at each length
 
     def model(self, memory: str) -> models.LanguageModel:
         fields = {"window": self.window, "segment": self.segment, **MEMORIES[memory]}
@@ -124,7 +124,7 @@ def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor],
         model.load_state_dict(load_file(done))
         return model, json.loads(done.with_suffix(".cost.json").read_text())
     phases = list(setting.phases)
-    if memory != "full":
+    if shared.exists():  # "full" makes it, before all others
         # What is not there is what makes slots, and has not been used yet.
         own = model.state_dict()
         known = {name: value for name, value in load_file(shared).items()
@@ -173,7 +173,7 @@ def measured(setting: Setting, memory: str, model: models.LanguageModel, tokens:
     # The same last tokens of text, however much of it was read before them.
     by_length = {}
     longest = max(LENGTHS)
-    ends = torch.linspace(longest, len(tokens) - 2, max(8, setting.evaluated // 8)).long().tolist()
+    ends = torch.linspace(longest, len(tokens) - 2, max(4, setting.evaluated // 16)).long().tolist()
     for length in LENGTHS:
         if memory.startswith("full"):
             model = harmony.replay(model, window=max(length, context))
