@@ -16,6 +16,7 @@ from hmlab.hf.cache import HierarchyLayer
 from hmlab.memories import harmony
 from hmlab.memories.harmony import HierarchyConfig
 from hmlab.memory import state_bytes
+from hmlab.record import record
 
 # Equal to attention over the whole past, through windows of 5 to 8 tokens and slots of one token each.
 EXACT = HierarchyConfig(window=5, segment=4, sinks=2, ratios=(1,), budget=1.0, retrieval="all", capacity=4096)
@@ -375,3 +376,15 @@ def test_saved_alone_is_small(tmp_path):
     held = load_file(tmp_path / "hierarchy.safetensors")
     new = {name for name in attached.state_dict() if ".hierarchy." in name}
     assert len(held) == len(new) == len(hf.hierarchies(attached).state_dict())
+
+
+def test_an_attached_model_can_be_looked_into():
+    _, attached = pair(config=SMALL)
+    with torch.no_grad(), record(attached) as recording:
+        attached(**prompt(60, 40))
+    seen = recording.dataset()
+    assert seen.sizes["layer"] == 2 and seen.sizes["time"] == 60
+    assert set(seen["memory"].values) == {"Attached"}
+    share = seen["hit_share"].isel(batch=0)
+    assert share.sum("tiers").values == pytest.approx(1, abs=1e-5)
+    assert (seen["retrieval_index"].isel(batch=0).values >= 0).any()

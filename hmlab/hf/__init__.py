@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from hmlab import atomic
 from hmlab.hf import attention
 from hmlab.memories.harmony import Hierarchy, HierarchyConfig
+from hmlab.record import Observed
 from hmlab.registry import from_fields
 
 # Families by `config.model_type`, and what their layers call their attention.
@@ -46,6 +47,13 @@ FAMILIES = {"llama": "self_attn", "qwen2": "self_attn", "qwen3": "self_attn", "g
 ROTARY = ("default", "linear", "llama3", "proportional", "yarn")
 
 _FILE, _FORMAT = "hierarchy.safetensors", "hmlab-hierarchy-1"
+
+
+class Attached(Observed, Hierarchy):
+    """A hierarchy that is a layer of recordings itself, since it stands in no memory of ours."""
+
+    def forward(self, q, *given, **named):
+        return super().forward(q, *given, **named)
 
 
 class _Attachment(NamedTuple):
@@ -69,7 +77,7 @@ def attach(model: PreTrainedModel, config: HierarchyConfig) -> PreTrainedModel:
     _check(decoder)
     heads = model.config.num_attention_heads
     for module in _attentions(decoder):
-        hierarchy = Hierarchy(
+        hierarchy = Attached(
             config, heads=heads, kv_heads=getattr(model.config, "num_key_value_heads", heads),
             head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
         )  # fmt: skip
