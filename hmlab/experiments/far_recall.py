@@ -81,14 +81,13 @@ class Setting:
     probes: int = 2
     candidates: int = 512
     learning_rate: float = 5e-3
-    slots_learning_rate: float = 3e-3
     shared: int = 2
     phases: tuple[tuple[recall.Config, int], ...] = (
         (recall.Config(form="copy", context=48, batch=24, distance=(6, 20)), 500),
         (recall.Config(context=64, batch=32, pairs=8, distance=(2, 50)), 150),
         (_pairs(256, 8, 8, 2), 150),
-        (_pairs(512, 4, 8, 64), 200),
-        (_pairs(1024, 2, 8, 100), 200),
+        (_pairs(512, 4, 12, 128), 250),
+        (_pairs(1024, 2, 16, 128), 250),
     )
     codes: tuple[recall.Config, int] = field(default_factory=lambda: (_pairs(1024, 2, 32, 128), 80))
     codes_learning_rate: float = 1e-2
@@ -135,9 +134,8 @@ def trained(setting: Setting, name: str, seed: int, folder: Path, say: Any) -> m
         first = setting.shared
     for number, (config, steps) in list(enumerate(setting.phases))[first:]:
         last = number == len(setting.phases) - 1
-        rate = setting.learning_rate if number < setting.shared else setting.slots_learning_rate
         recipe = train.Config(
-            steps=steps, learning_rate=rate, warmup=min(50, steps), clip=1.0, betas=(0.9, 0.99),
+            steps=steps, learning_rate=setting.learning_rate, warmup=min(50, steps), clip=1.0, betas=(0.9, 0.99),
             schedule="cosine" if last else "constant", learning_rate_floor=0.05 if last else 0.0,
             evaluate_every=10**9, evaluate_batches=1, deterministic=False,
         )  # fmt: skip
@@ -218,7 +216,7 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
             for m, memory in enumerate(memories):
                 if distance > MEMORIES[memory].farthest:
                     continue
-                kept = folder / f"{slug(memory)}-{seed}-{distance}.json"
+                kept = folder / f"{slug(memory).replace(',', '')}-{seed}-{distance}.json"
                 if not kept.exists():
                     model = trained(setting, MEMORIES[memory].trained, seed, folder, say)
                     found = measure(setting, setting.measured(memory, model, distance), distance, seed)
