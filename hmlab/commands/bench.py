@@ -24,6 +24,7 @@ def bench(
     from hmlab_kernels.bench import crossovers
 
     from hmlab import bench as benchmark
+    from hmlab import bench_harmony
 
     for option, path, suffix in (("--save", save, ".csv"), ("--plot", plot, ".html")):
         if path is not None and path.suffix != suffix:
@@ -42,8 +43,10 @@ def bench(
         plots.bench(dataset).write_html(plot)
         say(f"wrote {plot}")
     rows, crossings = _rows(dataset), crossovers(dataset)
+    growth = bench_harmony.exponents(dataset) if "cpu_seconds" in dataset else []
     if json:
-        print_json({"machine": dataset.attrs, "rows": rows, "crossovers": crossings})
+        growth = [one._asdict() for one in growth]
+        print_json({"machine": dataset.attrs, "rows": rows, "crossovers": crossings, "exponents": growth})
         return
     print_table(
         ["case", "candidate", "median ms", "quartiles ms", "x floor", "x first", "A/A noise", "peak memory", "J/token"],
@@ -65,6 +68,8 @@ def bench(
     if crossings:
         print_table(["candidate", "wins over", "from length", "in"],
                     [(c["candidate"], c["against"], c["length"], c["kind"]) for c in crossings])  # fmt: skip
+    if growth:
+        print_table(["op", "candidate", "exponent of processor time", "95 % from", "to"], growth)
 
 
 _NUMBERS = ("median", "low", "high", "peak_bytes", "joules_per_token", "floor", "noise")

@@ -191,11 +191,15 @@ class Hierarchy(nn.Module):
         """The reading with slots in it."""
         c, slots, time, q = self.config, written.slots, reading.q.shape[1], reading.slot_q
         room = slots.slot_segment.shape[1]
-        visible = (slots.slot_segment + 1) * c.segment + c.window - 1 - held.position[:, None]
+
+        def visible() -> Tensor:
+            """The first query, by its number, that may read each slot: a pass over all of them."""
+            return (slots.slot_segment + 1) * c.segment + c.window - 1 - held.position[:, None]
 
         def readable(query: Tensor) -> tuple[Tensor, Tensor]:
             """Slots from the second number on and below the first may be read by queries of those numbers."""
-            available = torch.searchsorted(visible, query.contiguous(), right=True)
+            last = torch.div(held.position[:, None] + query - c.window + 1, c.segment, rounding_mode="floor") - 1
+            available = torch.searchsorted(slots.slot_segment, last, right=True)
             return available, (available - c.capacity).clamp(min=0)
 
         number = torch.arange(time, device=q.device).expand(len(q), time)
@@ -205,7 +209,7 @@ class Hierarchy(nn.Module):
         if c.retrieval == "all" and room <= c.capacity:
             index = torch.arange(-(-room // BLOCK), device=q.device)
             index = index.expand(len(q), -(-time // BLOCK), self.kv_heads, -1)
-            options = {"query_block": BLOCK, "slot_block": BLOCK, "visible": visible}
+            options = {"query_block": BLOCK, "slot_block": BLOCK, "visible": visible()}
         elif c.retrieval == "all":
             place = oldest[..., None] + torch.arange(c.capacity, device=q.device)
             place = torch.where(place < available[..., None], place, -1)
@@ -218,7 +222,7 @@ class Hierarchy(nn.Module):
             if c.retrieval == "exact":
                 # The votes are counted from the block before the first one, which is left out.
                 before = torch.cat((limits[1][:, :1], limits[1]), 1).repeat_interleave(c.query_block, 1)
-                later = visible + c.query_block + block.under_way[:, None]
+                later = visible() + c.query_block + block.under_way[:, None]
                 index = self.retriever.nearest(asked, keys, bias, later, before, c.query_block)[:, 1:]
             else:
                 own = slice(0, block.sets * c.query_block)
@@ -229,7 +233,7 @@ class Hierarchy(nn.Module):
             index = block.complete(index)
             options = {"query_block": c.query_block, "start": held.position}
         elif c.retrieval == "exact":
-            index = self.retriever.nearest(q, keys, bias, visible, oldest, 1)
+            index = self.retriever.nearest(q, keys, bias, visible(), oldest, 1)
         else:
             topic = _at(written.topics, number, held, c.segment)
             index = self.retriever.hashed(q, reading.plain, keys, bias, Buckets(written.buckets), available, oldest,
@@ -307,7 +311,7 @@ class Hierarchy(nn.Module):
                 index = rows_at(index, own)
             return sight.per_head(index, self.heads).long()
 
-        def of_slots(field: Tensor, none: float) -> Tensor:
+        def of_slots(field: Tensor, none: int) -> Tensor:
             index = picked()
             found = rows_at(field, index.clamp(min=0).flatten(1)).view(index.shape) if field.shape[1] else index
             return torch.where(index >= 0, found, none)

@@ -127,7 +127,10 @@ class MediumTerm(nn.Module):
             order = order[:, : int(added.max())]
         old, count = held.slot_segment.shape[1], held.slots + added
         room = old + order.shape[1]
-        if old:
+        if old and not torch.compiler.is_compiling() and bool((held.slots == old).all()):
+            slots = Slots(*(torch.cat((a.to(b.dtype), b), 1)
+                            for a, b in zip(Slots.of(held), made.slots.gather(order), strict=True)))  # fmt: skip
+        elif old:
             place = torch.arange(room, device=order.device).expand(len(order), room)
             behind = order.gather(1, (place - held.slots[:, None]).clamp(0, order.shape[1] - 1))
             place = torch.where(place < held.slots[:, None], place, old + behind)
@@ -158,9 +161,19 @@ class MediumTerm(nn.Module):
         elif after < room:
             slots = Slots(*(x[:, :after].clone() for x in slots))
         if hashed.shape[-2] and (room > most or after != room):
-            hashed = buckets(slots.codes).keys
+            hashed = _shifted(hashed, drop, after)
         return {**slots._asdict(), "slots": written.count - drop, "dropped": held.dropped + drop, "buckets": hashed,
                 "statistics": written.statistics, "moments": written.moments}  # fmt: skip
+
+
+def _shifted(keys: Int[Tensor, "rows kv_heads tables room"], drop: Int[Tensor, "rows"], keep: int
+             ) -> Int[Tensor, "rows kv_heads tables {keep}"]:
+    """Sorted keys of the slots from number `drop` on, `keep` of them, numbered anew: what is sorted stays so."""
+    number, drop = keys & 0xFFFFFFFF, drop[:, None, None, None]
+    there = (number >= drop) & (number < drop + keep)
+    if torch.compiler.is_compiling():  # which must know the shape: those left out go behind
+        return torch.where(there, keys - drop, torch.iinfo(keys.dtype).max).sort(-1).values[..., :keep]
+    return (keys - drop)[there].unflatten(0, (*keys.shape[:3], keep))
 
 
 def _fit(x: Tensor, length: int) -> Tensor:

@@ -81,8 +81,8 @@ class Slots(NamedTuple):
 
 def rows_at(x: Tensor, index: Int[Tensor, "batch chosen"]) -> Tensor:
     """`[batch, n, ...]` to `[batch, chosen, ...]`, row by row."""
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
-    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
+    row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (row + index).flatten()).unflatten(0, index.shape)  # copies whole rows
 
 
 def latest(x: Tensor, count: Int[Tensor, "batch"] | None, keep: int) -> Tensor:

@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, _dispatch
-from . import eager, reference
+from . import eager, native, reference
 from .table import Buckets, buckets
 
 __all__ = ["IMPLEMENTATIONS", "OUTPUTS", "Buckets", "Found", "bucket_lookup", "buckets"]
 
-IMPLEMENTATIONS = ("fused", "eager", "reference")
+IMPLEMENTATIONS = ("native", "fused", "eager", "reference")
 OUTPUTS = ("index", "score", "found")
 
 
@@ -103,8 +103,8 @@ def _forward(q: Tensor, codes: Tensor, k: Tensor, keys: Tensor, bias: Tensor | N
              oldest: Tensor | None, cu_seqlens: Tensor | None, cu_slots: Tensor | None, picks: int, candidates: int,
              scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (q, codes, k, keys, bias, available, oldest, cu_seqlens, cu_slots, picks, candidates, scale)
-    if impl == "eager":
-        return eager.forward(*arguments)
+    if impl != "fused":
+        return {"native": native, "eager": eager}[impl].forward(*arguments)
     from . import fused  # triton may be missing
 
     return fused.forward(*arguments)
