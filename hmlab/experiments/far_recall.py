@@ -177,7 +177,7 @@ def with_codes(setting: Setting, model: nn.Module, seed: int, say: Any) -> nn.Mo
     return model.eval()
 
 
-def measure(setting: Setting, model: nn.Module, distance: int, seed: int) -> dict[str, float]:
+def measure(setting: Setting, model: nn.Module, distance: int, seed: int) -> dict[str, int | float]:
     """Answers at one distance, and what the memory holds when the last of them was given."""
     config = recall.Config(context=distance + setting.spread, batch=1, pairs=setting.pairs,
                            distance=(distance, distance))  # fmt: skip
@@ -193,7 +193,7 @@ def measure(setting: Setting, model: nn.Module, distance: int, seed: int) -> dic
             "cpu_seconds": seconds}  # fmt: skip
 
 
-def wilson(right: float, answers: float) -> tuple[float, float]:
+def wilson(right: int, answers: int) -> tuple[float, float]:
     """The interval of a proportion that holds 95 %, right out of so many answers (Wilson 1927)."""
     share, weight = right / answers, Z**2 / answers
     middle = (share + weight / 2) / (1 + weight)
