@@ -50,12 +50,14 @@ class Measured(NamedTuple):
     farthest: int
 
 
+# More work than codes are taught with: of 8,192 slots a bucket of 256 holds 32, and more where slots are alike.
+READ = {"picks": 4, "probes": 4, "candidates": 2048}
 MEMORIES = {
     "full": Measured("full", {}, 16384),
     "window": Measured("hierarchy", {"retrieval": "none"}, 16384),
-    "512 slots": Measured("hierarchy", {"capacity": 512}, 65536),
-    "8192 slots": Measured("hierarchy", {"capacity": 8192}, 1048576),
-    "8192 slots, exact": Measured("hierarchy", {"capacity": 8192, "retrieval": "exact"}, 16384),
+    "512 slots": Measured("hierarchy", {"capacity": 512, **READ}, 65536),
+    "8192 slots": Measured("hierarchy", {"capacity": 8192, **READ}, 1048576),
+    "8192 slots, exact": Measured("hierarchy", {"capacity": 8192, **READ, "retrieval": "exact"}, 16384),
 }
 
 
@@ -66,7 +68,8 @@ def _pairs(context: int, batch: int, pairs: int, least: int) -> recall.Config:
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trainings and measurements share. phases: streams and steps; in the first `shared` of them everything
-    asked lies in the window, and all memories go on from the same weights."""
+    asked lies in the window, and all memories go on from the same weights. picks, tables, bits, probes, candidates:
+    while codes are taught. pairs, spread: planted in the first tokens of a stream that is measured."""
 
     dim: int = 64
     layers: int = 2
