@@ -8,10 +8,10 @@ like a near one. Then only the codes are taught to find the slots that queries w
 
 Measured is the share of right answers at distances the model has never seen: all keys of a stream are planted in its
 first `spread` tokens, and each is asked exactly `distance` tokens later. Each distance is a stream of its own, fed in
-chunks. "512 slots" and "8192 slots" are one model whose medium tier holds so many, which are 8 K and 128 K tokens:
-beyond them the key is forgotten, and answers must be wrong. "8192 slots, exact" ranks all slots in place of those with
-equal codes; "window" is the same weights without slots; "full" is causal attention, trained alike. Intervals are
-Wilson's for one proportion, at 95 %.
+chunks. "512 slots", "8192 slots" and "65536 slots" are one model whose medium tier holds so many, which are 8 K, 128 K
+and 1 M tokens: beyond them the key is forgotten, and answers must be wrong. "8192 slots, exact" ranks all slots in
+place of those with equal codes; "window" is the same weights without slots; "full" is causal attention, trained alike.
+Intervals are Wilson's for one proportion, at 95 %.
 
 Finished trainings and measurements are kept in a folder; interrupted, the command goes on with what is missing.
 """
@@ -57,6 +57,7 @@ MEMORIES = {
     "window": Measured("hierarchy", {"retrieval": "none"}, 16384),
     "512 slots": Measured("hierarchy", {"capacity": 512, **READ}, 65536),
     "8192 slots": Measured("hierarchy", {"capacity": 8192, **READ}, 1048576),
+    "65536 slots": Measured("hierarchy", {"capacity": 65536, **READ, "candidates": 16384}, 1048576),
     "8192 slots, exact": Measured("hierarchy", {"capacity": 8192, **READ, "retrieval": "exact"}, 16384),
 }
 
