@@ -2,11 +2,13 @@
 
     policy     p = softmax(MLP(mean keys, mean values, density)),   ratio = argmax p   (a Gumbel sample in training)
     slots      k̂, v̂, mass = `compress_segments` with segment / ratio slots
-    loss       weight · (Σ_r p_r D_r + price · Σ_r p_r slots_r · budget / segment)
-    price      += rate · (slots chosen · budget / segment - 1), never below 0
+    loss       weight · (Σ_r p_r (D_r + price · slots_r · budget / segment) - 0.05 · entropy(p) + mean_r D_r)
+    price      += rate · (slots of the likeliest ratio · budget / segment - 1), never below 0
 
-D_r: share of the variance of a segment's keys and values that r tokens per slot lose. It needs no reconstruction: a
-token hands out mass 1, so Σ_i A_ij |v_i - v̂_j|² summed over j is Σ_i |v_i|² - Σ_j mass_j |v̂_j|².
+D_r: share of the variance of a segment's keys and values that r tokens per slot lose; its gradient goes to what
+compresses alone, or keys would learn to be few. D needs no reconstruction: a token hands out mass 1, so Σ_i A_ij
+|v_i - v̂_j|² summed over j is Σ_i |v_i|² - Σ_j mass_j |v̂_j|². A sampled ratio's slots carry the gradient of its
+probability.
 
 Source: Akbar 2025, HARMONY, `CompressionPolicy`; straight-through gradients: Jang et al. 2017 (arXiv 1611.01144). The
 density policy, for use without training, is ours: log2 ratio = log2 budget - z, z the segment's density in standard
@@ -30,6 +32,7 @@ from hmlab.memories.harmony.config import HierarchyConfig
 
 HIDDEN = 32  # of the policy's network
 CLASSES = 64  # of the head that predicts tokens for the density "cross_entropy"; ids are taken modulo them
+ENTROPY = 0.05  # keeps the policy from deciding before it has seen what a decision costs
 BITS = 8.0  # what densities are divided by, so that the network sees numbers about 1
 
 
@@ -91,10 +94,11 @@ class Compressor(nn.Module):
             density, statistics = self._density(k, v, tokens, counted, statistics)
         choice, moments, logits = self._choose(k, v, density, complete, number, moments)
         count = torch.where(complete, self.counts.to(choice.device)[choice], 0)
+        slots = self._slots(k, v, count, first)
         if logits is not None and self.training and auxiliary.collecting():
-            slots = self._mixed(k, v, first, complete, choice, logits)
-        else:
-            slots = self._slots(k, v, count, first)
+            auxiliary.add("compression", lambda: self._loss(k.detach(), v.detach(), first, complete, logits))
+            gate = self._gate(logits, choice)[:, :, None, None]
+            slots = slots._replace(v=slots.v * gate[..., None].to(v.dtype), mass=slots.mass * gate)
         ratio = self.config.segment // self.counts.to(choice.device)[choice]
         observed = None if density is None else density[..., 0]
         return Compressed(slots, count, ratio, observed, statistics, moments)
@@ -130,9 +134,9 @@ class Compressor(nn.Module):
                 pooled = torch.cat((pooled, (density / BITS).to(pooled.dtype)), -1)
             logits = self.policy(pooled)
             if self.training and auxiliary.collecting():
-                logits = logits.float()
+                # A Gumbel sample: every ratio is tried as often as it is thought likely.
                 noise = -torch.empty_like(logits).exponential_().log()
-                return (logits + noise).argmax(-1), moments, torch.stack((logits, noise))
+                return (logits + noise).argmax(-1), moments, logits
             return logits.argmax(-1), moments, logits
         bits = torch.where(complete, density[..., 0], 0)
         sums = torch.stack((bits, bits.square()), -1).cumsum(1) + moments[:, None]
@@ -159,21 +163,10 @@ class Compressor(nn.Module):
             chosen = made if chosen is None else Slots(*(a + b for a, b in zip(chosen, made, strict=True)))
         return chosen
 
-    def _mixed(self, k, v, first, complete, choice, drawn) -> Slots:
-        """The chosen slots, with straight-through gradients to the policy, and the losses that teach it."""
-        logits, noise = drawn
-        share, soft = (logits + noise).softmax(-1), logits.softmax(-1)
-        gate = F.one_hot(choice, share.shape[-1]) + share - share.detach()
-        made = [compress_segments(k, v, self.queries[:, :slots].to(k.dtype), complete[..., None] * slots,
-                                  segment=self.config.segment, first=first, scale=1.0)
-                for slots in self.counts.tolist()]  # fmt: skip
-        distortion = torch.stack([self._distortion(k, v, slots) for slots in made], -1)
-        auxiliary.add("compression", lambda: self._loss(distortion, soft, choice, complete))
-        mixed = []
-        for field in zip(*made, strict=True):
-            weights = [gate[..., r].reshape(*gate.shape[:2], *(1,) * (field[0].ndim - 2)) for r in range(len(made))]
-            mixed.append(sum(w.to(x.dtype) * _filled(x, self.config.most) for w, x in zip(weights, field, strict=True)))
-        return Slots(*mixed)
+    def _gate(self, logits: Tensor, choice: Tensor) -> Float[Tensor, "rows segments"]:
+        """1, with the gradient of the probability of what was chosen: slots that help make their ratio likelier."""
+        share = logits.float().softmax(-1).gather(-1, choice[..., None])[..., 0]
+        return 1 + share - share.detach()
 
     def _distortion(self, k: Tensor, v: Tensor, slots: Slots) -> Float[Tensor, "rows segments"]:
         lost = []
@@ -185,15 +178,20 @@ class Compressor(nn.Module):
             lost.append(1 - kept / total.clamp(min=1e-6))
         return (lost[0] + lost[1]) / 2
 
-    def _loss(self, distortion, soft, choice, complete) -> Tensor:
-        c, number = self.config, complete.sum().clamp(min=1)
+    def _loss(self, k, v, first, complete, logits) -> Tensor:
+        """What teaches the policy its price, and every number of slots to lose little; moves the price."""
+        c, number, soft = self.config, complete.sum().clamp(min=1), logits.float().softmax(-1)
+        distortion = torch.stack([
+            self._distortion(k, v, self._slots(k, v, torch.where(complete, slots, 0), first))
+            for slots in self.counts.tolist()], -1)  # fmt: skip
         cost = self.counts.to(soft.device) * c.budget / c.segment
-        expected = (soft * (distortion + self.price * cost)).sum(-1)
+        entropy = -(soft * soft.clamp(min=1e-9).log()).sum(-1)
+        expected = (soft * (distortion.detach() + self.price * cost)).sum(-1) - ENTROPY * entropy
         with torch.no_grad():
-            spent = torch.where(complete, cost[choice], 0).sum() / number
+            spent = torch.where(complete, cost[logits.argmax(-1)], 0).sum() / number
             if complete.any():
                 self.price.add_(c.controller_rate * (spent - 1)).clamp_(min=0)
-        return c.distortion_weight * torch.where(complete, expected, 0).sum() / number
+        return c.distortion_weight * torch.where(complete, expected + distortion.mean(-1), 0).sum() / number
 
 
 def _filled(x: Tensor, most: int) -> Tensor:

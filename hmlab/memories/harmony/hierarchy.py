@@ -41,7 +41,7 @@ BLOCK = 64  # slots and queries that are read together where nothing is chosen
 
 
 class Reading(NamedTuple):
-    """q: queries as windows are scored; slot_q: as slots are, rotated or not; plain: unrotated. out, lse: of all that
+    """q: queries as windows are scored; slot_q: as slots are, rotated or not. out, lse: of all that
     was read; near: log-sum-exp of sinks and window. index: slots of each set, None if none are chosen; sets: of each
     query, the number of its set."""
 
@@ -50,7 +50,6 @@ class Reading(NamedTuple):
     near: Float[Tensor, "rows time heads"]
     q: Float[Tensor, "rows time heads dim"]
     slot_q: Float[Tensor, "rows time heads dim"]
-    plain: Float[Tensor, "rows time heads dim"]
     available: Int[Tensor, "rows time"] | None = None
     oldest: Int[Tensor, "rows time"] | None = None
     index: Int[Tensor, "rows sets groups picks"] | None = None
@@ -169,9 +168,9 @@ class Hierarchy(nn.Module):
             keys_and_sinks, values_and_sinks = (torch.cat(both, 1) for both in zip(sinks, (keys, values), strict=True))
             out, lse = window_attention(turned_q, keys_and_sinks, values_and_sinks, start=held.position - c.reach,
                                         **options)  # fmt: skip
-        reading = Reading(out, lse, lse, turned_q, turned_q if c.phase else q, q)
+        reading = Reading(out, lse, lse, turned_q, turned_q if c.phase else q)
         if written.slots.slot_segment.shape[1]:
-            reading = self._slots(reading, written, held, rotate, fresh=fresh)
+            reading = self._slots(reading, written, held, fresh=fresh)
         recent = {"keys": keys, "values": values, "segment_keys": k, "segment_tokens": tokens}
         after = self._after(recent, held, length, written, sinks, reading, fresh=fresh)
         return reading.out, after, self._seen(reading, written, held, sinks[0])
@@ -187,7 +186,7 @@ class Hierarchy(nn.Module):
     def _in_blocks(self) -> bool:
         return self.config.sharing == "block" and self.config.retrieval in ("hash", "exact")
 
-    def _slots(self, reading: Reading, written: Written, held: State, rotate: Rotate, *, fresh: bool) -> Reading:
+    def _slots(self, reading: Reading, written: Written, held: State, *, fresh: bool) -> Reading:
         """The reading with slots in it."""
         c, slots, time, q = self.config, written.slots, reading.q.shape[1], reading.slot_q
         room = slots.slot_segment.shape[1]
@@ -216,28 +215,27 @@ class Hierarchy(nn.Module):
             index = place[:, :, None].expand(-1, -1, self.kv_heads, -1)
         elif c.sharing == "block":
             block = Blocks(held, time, c.query_block, fresh=fresh)
-            voters = block.voters(reading.plain)
-            asked = rotate(voters, block.positions[..., None]) if c.phase else voters
+            voters = block.voters(q)
             limits = readable(block.first)
             if c.retrieval == "exact":
                 # The votes are counted from the block before the first one, which is left out.
                 before = torch.cat((limits[1][:, :1], limits[1]), 1).repeat_interleave(c.query_block, 1)
                 later = visible() + c.query_block + block.under_way[:, None]
-                index = self.retriever.nearest(asked, keys, bias, later, before, c.query_block)[:, 1:]
+                index = self.retriever.nearest(voters, keys, bias, later, before, c.query_block)[:, 1:]
             else:
                 own = slice(0, block.sets * c.query_block)
                 limits = [t.repeat_interleave(c.query_block, 1) for t in limits]
                 topic = _at(written.topics, block.first.repeat_interleave(c.query_block, 1), held, c.segment)
-                index = self.retriever.hashed(asked[:, own], voters[:, own], keys, bias, Buckets(written.buckets),
-                                              *limits, topic, block.positions[:, own], c.query_block)  # fmt: skip
+                index = self.retriever.hashed(voters[:, own], keys, bias, Buckets(written.buckets), *limits, topic,
+                                              block.positions[:, own], c.query_block)  # fmt: skip
             index = block.complete(index)
             options = {"query_block": c.query_block, "start": held.position}
         elif c.retrieval == "exact":
             index = self.retriever.nearest(q, keys, bias, visible(), oldest, 1)
         else:
             topic = _at(written.topics, number, held, c.segment)
-            index = self.retriever.hashed(q, reading.plain, keys, bias, Buckets(written.buckets), available, oldest,
-                                          topic, held.position[:, None] + number, 1)  # fmt: skip
+            index = self.retriever.hashed(q, keys, bias, Buckets(written.buckets), available, oldest, topic,
+                                          held.position[:, None] + number, 1)  # fmt: skip
         out, lse = slot_attention(q, keys, slots.slot_values.to(q.dtype), index, bias=bias, scale=1.0,
                                   joined=(reading.out, reading.lse), **options)  # fmt: skip
         reading = reading._replace(out=out, lse=lse, available=available, oldest=oldest, index=index, block=block,
@@ -256,8 +254,8 @@ class Hierarchy(nn.Module):
         kept = torch.arange(c.most, device=some.device) < made.compressed.count[..., None]
         visible = (visible[:, None] <= some[:, None]) & kept.flatten(1)[:, None]
         return c.retrieval_weight * self.retriever.loss(
-            reading.slot_q[:, some].detach(), reading.plain[:, some].detach(), reading.lse[:, some].detach(),
-            made.slots.slot_keys.detach(), made.keys.detach(), made.slots.slot_bias.detach(), visible)  # fmt: skip
+            reading.slot_q[:, some].detach(), reading.lse[:, some].detach(), made.slots.slot_keys.detach(),
+            made.slots.slot_bias.detach(), visible)  # fmt: skip
 
     def _after(
         self, recent: dict[str, Tensor | None], held: State, length: Int[Tensor, "rows"] | None, written: Written,
@@ -282,7 +280,7 @@ class Hierarchy(nn.Module):
             fields["topic"] = rows_at(written.topics, whole.clamp(max=written.topics.shape[1] - 1)[:, None])[:, 0]
         if self._in_blocks:
             block = reading.block or Blocks(held, time, self.config.query_block, fresh=fresh)
-            voters = block.voters(reading.plain) if reading.voters is None else reading.voters
+            voters = block.voters(reading.slot_q) if reading.voters is None else reading.voters
             index = reading.index
             if index is None:
                 index = held.sets[:, None].expand(-1, block.sets, -1, -1)
@@ -326,7 +324,7 @@ class Hierarchy(nn.Module):
         def bucket() -> Tensor:
             if self.retriever.family is None or c.family == "minhash":
                 return torch.full((rows, time, self.heads, 0), -1, device=number.device)
-            return self.retriever.query_codes(reading.plain, 1)[..., 0]
+            return self.retriever.query_codes(reading.slot_q, 1)[..., 0]
 
         def confidence() -> Tensor:
             if reading.index is None or c.retrieval == "all":

@@ -20,13 +20,12 @@ from hmlab.memories.harmony.state import EMPTY, Rotate, Slots, State, rows_at
 
 class Made(NamedTuple):
     """Slots of the call's segments, `most` of each, before those that nobody keeps are left out. number: of the
-    segments in their document. keys: unrotated."""
+    segments in their document."""
 
     compressed: Compressed
     complete: Bool[Tensor, "rows segments"]
     number: Int[Tensor, "rows segments"]
     slots: Slots
-    keys: Float[Tensor, "rows slots kv_heads dim"]
 
 
 class Written(NamedTuple):
@@ -114,9 +113,9 @@ class MediumTerm(nn.Module):
             topics = torch.cat((topics, torch.where(complete[..., None, None], found, NOWHERE)), 1)
             codes = found[:, :, None, None, :, 0].expand(-1, -1, most, mass.shape[2], -1).flatten(1, 2)
         else:
-            codes = retriever.slot_codes(keys)
+            codes = retriever.slot_codes(turned)
         slots = Slots(turned, values, mass, bias, place, segment, codes)
-        return Made(compressed, complete, number, slots, keys), topics
+        return Made(compressed, complete, number, slots), topics
 
     def _appended(self, held: State, made: Made) -> tuple[Slots, Int[Tensor, "rows"]]:
         """The slots of the state and, without gaps, those made; places beyond all are empty."""

@@ -61,14 +61,14 @@ def retrieval_quality(
     each = h.heads // h.kv_heads
     position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
     turned = memory.rotate(q, position.expand(len(x), -1)[..., None])
-    asked, plain = (turned if c.phase else q)[:, time], q[:, time]
+    asked = (turned if c.phase else q)[:, time]
     score = torch.einsum("btked,bskd->btkes", asked.unflatten(2, (-1, each)), made.slots.slot_keys).flatten(2, 3)
     score = score + made.slots.slot_bias.repeat_interleave(each, 2).transpose(1, 2)[:, None]
     relevant = _smallest(score.masked_fill(~visible, -torch.inf), share)
     found: dict[str, list] = {"recall": [], "precision": [], "work": []}
     for family in families.values():
-        slots = family.codes(made.keys)[..., 0]
-        grouped = plain.unflatten(2, (-1, each)).transpose(2, 3).flatten(1, 2)  # heads of a key head share its tables
+        slots = family.codes(made.slots.slot_keys)[..., 0]
+        grouped = asked.unflatten(2, (-1, each)).transpose(2, 3).flatten(1, 2)  # heads of a key head share its tables
         for number in tables:
             for probe in probes:
                 codes = family.codes(grouped, probes=probe).unflatten(1, (len(time), each))

@@ -55,21 +55,18 @@ class LSHRetriever(nn.Module):
         return index
 
     def hashed(
-        self, q: Float[Tensor, "batch time heads dim"], plain: Float[Tensor, "batch time heads dim"], keys: Tensor,
-        bias: Tensor, buckets: Buckets, available: Int[Tensor, "batch time"], oldest: Int[Tensor, "batch time"],
+        self, q: Float[Tensor, "batch time heads dim"], keys: Tensor, bias: Tensor, buckets: Buckets,
+        available: Int[Tensor, "batch time"], oldest: Int[Tensor, "batch time"],
         topic: Int32[Tensor, "batch time tables probes"], position: Tensor, voters: int,
     ) -> Int[Tensor, "batch sets groups picks"]:
-        """The best slots by equal codes. q: as slots are scored; plain: as they are hashed; topic: MinHash's codes.
-
-        voters: queries in a row that choose together.
-        """
+        """The best slots by equal codes. topic: MinHash's. voters: queries in a row that choose together."""
         c = self.config
 
         def found(probes: int) -> tuple[Tensor, Tensor]:
             if c.family == "minhash":
                 codes = topic[:, :, None].expand(-1, -1, self.heads, -1, -1).contiguous()
             else:
-                codes = self.query_codes(plain, probes)
+                codes = self.query_codes(q, probes)
             index, score, _ = bucket_lookup(q, codes, keys, buckets, picks=c.picks, bias=bias, available=available,
                                             candidates=c.candidates * codes.shape[-1] // c.probes, oldest=oldest,
                                             scale=1.0)  # fmt: skip
@@ -121,22 +118,21 @@ class LSHRetriever(nn.Module):
         return torch.where(other, score, -torch.inf).logsumexp(-1) + rest.log()
 
     def loss(
-        self, q: Float[Tensor, "batch time heads dim"], plain: Float[Tensor, "batch time heads dim"],
-        lse: Float[Tensor, "batch time heads"], keys: Float[Tensor, "batch slots kv_heads dim"], plain_keys: Tensor,
-        bias: Float[Tensor, "batch slots kv_heads"], visible: Bool[Tensor, "batch time slots"],
+        self, q: Float[Tensor, "batch time heads dim"], lse: Float[Tensor, "batch time heads"],
+        keys: Float[Tensor, "batch slots kv_heads dim"], bias: Float[Tensor, "batch slots kv_heads"],
+        visible: Bool[Tensor, "batch time slots"],
     ) -> Float[Tensor, ""]:
         """What teaches codes: a query's, to be those of the slots with its attention; all, to be even and different.
 
         lse: of all that the query read, so that a query that needs no slots teaches little.
         """
         each = self.heads // self.kv_heads
-        query_heads, slot_heads = "batch time (kv each) dim -> batch (time each) kv dim", {"kv": self.kv_heads}
+        asked = rearrange(q, "batch time (kv each) dim -> batch (time each) kv dim", kv=self.kv_heads)
         q, lse = (x.unflatten(2, (-1, each)).float() for x in (q, lse))
         score = torch.einsum("btked,bskd->bstke", q, keys.float()) + bias[:, :, None, :, None]
         share = torch.where(visible.transpose(1, 2)[..., None, None], (score - lse[:, None]).exp(), 0)
         share = rearrange(share.clamp(max=1), "batch slots time kv each -> batch (time each) kv slots")
-        queries = self.family.soft_codes(rearrange(plain, query_heads, **slot_heads))
-        slots = self.family.soft_codes(plain_keys)
+        queries, slots = self.family.soft_codes(asked), self.family.soft_codes(keys)
         seen = visible.repeat_interleave(each, 1)
         pull = retrieval_loss(queries, slots, share, visible=seen)
         codes = torch.cat((queries.flatten(0, 1), slots.flatten(0, 1)[visible.any(1).flatten()]))

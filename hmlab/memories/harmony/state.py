@@ -32,7 +32,7 @@ class State(NamedTuple):
     segment's number in the document. slots: how many are there; dropped: how many were forgotten. codes, buckets: by
     which hashing finds them.
     Choices. statistics: of tokens; moments: of densities; topic: codes of the last whole segment's ids (MinHash);
-    voters: queries, unrotated, of the block under way, or of the last if none is; sets: the slots that this block
+    voters: queries of the block under way, or of the last if none is; sets: the slots that this block
     reads. position: tokens consumed.
     """
 
