@@ -57,7 +57,7 @@ MEMORIES = {
     "window": Measured("hierarchy", {"retrieval": "none"}, 16384),
     "512 slots": Measured("hierarchy", {"capacity": 512, **READ}, 65536),
     "8192 slots": Measured("hierarchy", {"capacity": 8192, **READ}, 1048576),
-    "65536 slots": Measured("hierarchy", {"capacity": 65536, **READ, "candidates": 16384}, 1048576),
+    "65536 slots": Measured("hierarchy", {"capacity": 65536, **READ, "candidates": 16384}, 262144),
     "8192 slots, exact": Measured("hierarchy", {"capacity": 8192, **READ, "retrieval": "exact"}, 16384),
 }
 
