@@ -57,7 +57,8 @@ def attention(memory, x):
 
 @pytest.mark.parametrize("fields", [
     {}, {"sinks": 0}, {"sinks": 5}, {"window": 1}, {"window": 7, "segment": 3}, {"kv_heads": 1},
-    {"window": 64, "segment": 64}, {"codec": "landmarks", "sinks": 0}, {"retrieval": "exact", "picks": 41, "sharing": "none"},
+    {"window": 64, "segment": 64}, {"codec": "landmarks", "sinks": 0},
+    {"retrieval": "exact", "picks": 41, "sharing": "none"},
 ])  # fmt: skip
 def test_ratio_1_with_all_slots_is_causal_attention(fields):
     memory = built(**{"ratios": (1,), "budget": 1.0, "retrieval": "all", **fields})
@@ -185,32 +186,33 @@ def test_dense_segments_get_more_slots_by_the_density_policy():
     assert number[10::2].float().mean() > 2 * number[11::2].float().mean()
 
 
-@pytest.mark.parametrize("budget", [4.0, 8.0, 32.0])
+@pytest.mark.unchecked
+@pytest.mark.parametrize("budget", [4.0, 8.0])
 def test_the_learned_policy_meets_its_budget(budget):
-    """Half of the segments repeat one key; to halve their slots costs nothing, so the others get them."""
-    config = HierarchyConfig(segment=64, window=64, ratios=(2, 4, 8, 16, 32, 64), budget=budget, sinks=0,
-                             densities=(), controller_rate=0.05)  # fmt: skip
+    """Half of the segments repeat one token, and one slot says all of it: the others get what there is."""
+    config = HierarchyConfig(segment=64, window=64, ratios=(2, 4, 8, 16, 32, 64), budget=budget, sinks=0, densities=())
     torch.manual_seed(0)
     compressor = Compressor(config, kv_heads=1, head_dim=8).train()
     optimizer = torch.optim.Adam(compressor.parameters(), 1e-2)
-    statistics = compressor.init_statistics(4, "cpu")
-    spent = []
-    for step in range(300):
-        k = F.normalize(torch.randn(4, 8, 64, 1, 8), dim=-1)
-        k[:, ::2] = k[:, ::2, :1] * 0.999 + 0.001 * k[:, ::2]
-        v = torch.cat((k[..., :4], k[..., 4:]), -1)
+    beside = (torch.zeros(2, 8, dtype=torch.int64), torch.arange(8).expand(2, 8), compressor.init_statistics(2, "cpu"),
+              torch.zeros(2, 2))  # fmt: skip
+    whole, spent = torch.ones(2, 8, dtype=torch.bool), []
+    for step in range(240):
+        k = F.normalize(torch.randn(2, 8, 64, 1, 8), dim=-1)
+        k[:, ::2] = k[:, ::2, :1]
+        k = k.flatten(1, 2)
         with auxiliary.collect() as losses:
-            made = compressor(k.flatten(1, 2), v.flatten(1, 2), None, torch.ones(4, 8, dtype=torch.bool),
-                              torch.zeros(4, 8, dtype=torch.int64), torch.arange(8).expand(4, 8), statistics,
-                              torch.zeros(4, 2))  # fmt: skip
+            compressor(k, k.roll(1, -1), None, whole, *beside)
         optimizer.zero_grad()
         losses["compression"].backward()
         optimizer.step()
-        if step >= 200:
-            spent.append(made.count.float())
+        if step >= 120:
+            with torch.no_grad():
+                spent.append(compressor.eval()(k, k.roll(1, -1), None, whole, *beside).count.float())
+            compressor.train()
     spent = torch.stack(spent).mean((0, 1))
     assert 64 / spent.mean() == pytest.approx(budget, rel=0.25)
-    assert spent[1::2].mean() > spent[::2].mean()
+    assert spent[1::2].mean() > 3 * spent[::2].mean()
 
 
 def test_recorded_are_all_the_names_that_views_read():
@@ -247,20 +249,27 @@ def test_confidence_falls_with_what_is_not_read():
     assert means[0] < means[1] < means[2] == 1
 
 
+@pytest.mark.unchecked
 def test_the_retrieval_loss_teaches_codes():
-    torch.manual_seed(0)
-    memory = built(capacity=400, densities=(), ratios=(2,), bits=4, tables=4, candidates=32).train()
-    x, _ = inputs(200)
-    optimizer = torch.optim.Adam(memory.hierarchy.retriever.parameters(), 1e-2)
-    losses = []
-    for _ in range(60):
+    """Of the slots that it looks at, a learned code finds more of what is wanted than it did untrained."""
+    memory = built(capacity=400, densities=(), ratios=(2,), bits=4, tables=4, candidates=32, phase=False).train()
+    with torch.no_grad():
+        memory.log_scale.fill_(2.5)
+    x, _ = inputs(400)
+    optimizer = torch.optim.Adam(memory.hierarchy.retriever.parameters(), 2e-2)
+
+    def lift():
+        found = retrieval_quality(memory, x, {"": memory.hierarchy.retriever.family}, tables=(2,), probes=(1,))
+        return (found["recall"] / found["work"]).item()
+
+    before = lift()
+    for _ in range(150):
         with auxiliary.collect() as asked:
             memory(x)
         optimizer.zero_grad()
         asked["retrieval"].backward()
         optimizer.step()
-        losses.append(float(asked["retrieval"]))
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert lift() > 1.2 * before > 1.2
 
 
 def test_quality_is_perfect_where_every_slot_is_a_candidate():
@@ -299,6 +308,9 @@ def test_errors_are_attributed():
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
     memory = Config(**{**SMALL, "densities": ("surprisal", "cross_entropy")}).build().train()
+    with torch.no_grad():  # away from zero, where what lies behind gets no gradient
+        for parameter in memory.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
     x, tokens = inputs(60)
     with auxiliary.collect() as asked:
         y, _ = memory(x, tokens=tokens)
@@ -312,9 +324,7 @@ def test_far_positions_keep_their_angle():
     memory = built(ratios=(1,), budget=1.0, retrieval="all")
     x, _ = inputs(2)
     x = F.normalize(x.unflatten(-1, (2, 8)), dim=-1)
-    near, far = (memory.rotate(x, torch.tensor([[p], [p + 3]], dtype=torch.float64).T[..., None]) for p in (0, 10**7))
-    for a, b in ((near, near), (far, far)):
-        assert a.shape == b.shape
+    near, far = (memory.rotate(x, torch.tensor([[[p], [p + 3]]] * 2, dtype=torch.float64)) for p in (0, 10**7))
     torch.testing.assert_close((near[:, 0] * near[:, 1]).sum(-1), (far[:, 0] * far[:, 1]).sum(-1), atol=1e-6, rtol=0)
 
 

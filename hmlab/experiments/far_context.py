@@ -5,7 +5,9 @@
 One small language model is trained with several memories that have the same projections and read the same tokens:
 HARMONY whose window holds the whole context (causal attention: "full"), HARMONY without slots ("window"), and HARMONY
 in between. What share of the gap is closed: (window - hierarchy) / (window - full), in nats per token, at positions
-that lie beyond every window. "full again" is "full" on other windows of the text: what differs there is noise.
+that lie beyond every window. "full again" is "full" on other windows of the text: what differs there is noise. "full,
+1/16 read" is what is left of "full" when each query reads only its best 60 tokens beyond the window, "full, no slots"
+when it reads none.
 
 A model this small finds the far context useful only once it copies (induction heads, Olsson et al. 2022, arXiv
 2209.11895), and on text alone it does not learn that in a few minutes. So training begins with short contexts in which
@@ -47,8 +49,12 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "landmarks 4": {"ratios": (4,), "codec": "landmarks", "sinks": 0, **FIXED},
     "landmarks 16": {"ratios": (16,), "codec": "landmarks", "sinks": 0, **FIXED},
     "budget 16": {"ratios": (1, 2, 4, 8, 16, 32, 64), "budget": 16.0, "retrieval": "all"},
-    "1/16 read": {"ratios": (1,), "densities": (), "retrieval": "exact", "picks": 60},
 }  # fmt: skip
+# What is not trained: the weights of "full", read otherwise.
+REPLAYED: dict[str, dict[str, Any]] = {
+    "full, 1/16 read": {"ratios": (1,), "densities": (), "retrieval": "exact", "picks": 60},
+    "full, no slots": {},
+}
 BOUNDS = (0, 64, 128, 256, 512, 1024)
 FAR = 256  # positions from here on lie beyond all windows and have seen some text
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -117,6 +123,9 @@ class Passages:
 def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor], folder: Path, say: Any
             ) -> tuple[models.LanguageModel, dict[str, float]]:
     """The model after all phases, from the folder if it is there; and what the last one took."""
+    if memory in REPLAYED:
+        model, facts = trained(setting, "full", seed, tokens, folder, say)
+        return harmony.replay(model, **{"window": setting.window, **REPLAYED[memory]}), facts
     torch.manual_seed(seed)
     model = setting.model(memory)
     done, shared = folder / f"{slug(memory)}-{seed}.safetensors", folder / f"copying-{seed}.safetensors"
@@ -175,7 +184,7 @@ def measured(setting: Setting, memory: str, model: models.LanguageModel, tokens:
     longest = max(LENGTHS)
     ends = torch.linspace(longest, len(tokens) - 2, max(4, setting.evaluated // 16)).long().tolist()
     for length in LENGTHS:
-        if memory.startswith("full"):
+        if memory in ("full", "full again"):
             model = harmony.replay(model, window=max(length, context))
         found = [_last(model, tokens, end, length) for end in ends]
         by_length[length] = sum(found) / len(found)
@@ -234,7 +243,8 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.far_context`; Ctrl-C ends it, and the same command goes on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES))
+    parser.add_argument("--memories", nargs="+", default=[*MEMORIES, *REPLAYED],
+                        choices=[*MEMORIES, *REPLAYED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--corpus", default=Setting.corpus)
     parser.add_argument("--folder", type=Path, default=Path("runs/far_context"), help="what is finished is kept here")

@@ -1,6 +1,7 @@
 """From whole segments to slots: how dense a segment is, how many slots it gets, and what they are.
 
-    policy     p = softmax(MLP(mean keys, mean values, density)),   ratio = argmax p   (a Gumbel sample in training)
+    policy     p = softmax(MLP(mean and variance of keys and values, density)),   ratio = argmax p
+               in training a Gumbel sample of p
     slots      k̂, v̂, mass = `compress_segments` with segment / ratio slots
     loss       weight · (Σ_r p_r (D_r + price · slots_r · budget / segment) - 0.05 · entropy(p) + mean_r D_r)
     price      += rate · (slots of the likeliest ratio · budget / segment - 1), never below 0
@@ -70,7 +71,8 @@ class Compressor(nn.Module):
             nn.init.zeros_(last.weight)
             with torch.no_grad():  # most likely at first: the ratio that meets the budget
                 last.bias.copy_(-torch.tensor([abs(math.log2(r / config.budget)) for r in config.ratios]))
-            self.policy = nn.Sequential(nn.Linear(features + len(config.densities), HIDDEN), nn.SiLU(), last)
+            seen = features + 2 * kv_heads + len(config.densities)
+            self.policy = nn.Sequential(nn.Linear(seen, HIDDEN), nn.SiLU(), last)
             self.register_buffer("price", torch.tensor(0.1))
 
     def init_statistics(self, batch: int, device: torch.device | str | None) -> Statistics:
@@ -129,7 +131,10 @@ class Compressor(nn.Module):
         if not self.chooses:
             return torch.zeros_like(number), moments, None
         if self.learned:
-            pooled = torch.cat((k, v), 2).flatten(2).unflatten(1, (-1, self.config.segment)).mean(2).detach()
+            each = torch.cat((k, v), 2).detach().unflatten(1, (-1, self.config.segment))
+            mean = each.mean(2)
+            variance = each.square().sum(-1).mean(2) - mean.square().sum(-1)
+            pooled = torch.cat((mean.flatten(2), variance), -1)
             if density is not None:
                 pooled = torch.cat((pooled, (density / BITS).to(pooled.dtype)), -1)
             logits = self.policy(pooled)
