@@ -361,3 +361,10 @@ def test_codes_of_places_without_slots_find_nothing():
     assert state.slots[1] < state.slots[0] == state.slot_segment.shape[1]
     assert (state.codes[1, state.slots[1] :] == NOWHERE).all()
     assert (state.slot_bias[1, state.slots[1] :] == -math.inf).all()
+
+
+def test_operations_are_counted_from_shapes_alone():
+    memory = Config(**{**SMALL, "dim": 32})
+    per_token = models.flops(models.Config(vocab=64, dim=32, memory=memory, layers=1), 256)
+    projections = 2 * (4 * 32 * 32)
+    assert per_token > projections

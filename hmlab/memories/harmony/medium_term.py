@@ -15,7 +15,7 @@ from hmlab.information import Statistics
 from hmlab.memories.harmony.compression import Compressed, Compressor
 from hmlab.memories.harmony.config import HierarchyConfig
 from hmlab.memories.harmony.retriever import LSHRetriever
-from hmlab.memories.harmony.state import EMPTY, Rotate, Slots, State, rows_at
+from hmlab.memories.harmony.state import EMPTY, Rotate, Slots, State, only_shapes, rows_at
 
 
 class Made(NamedTuple):
@@ -80,7 +80,7 @@ class MediumTerm(nn.Module):
         complete = ends <= reached[:, None]
         if not segments or self.config.retrieval == "none":
             return same
-        if not (torch.compiler.is_compiling() or bool(complete.any())):
+        if not (only_shapes(complete) or bool(complete.any())):
             return same
         number = held.position[:, None] // size + torch.arange(segments, device=k.device)
         first = (self.config.sinks - number * size).clamp(0, size)
@@ -122,11 +122,11 @@ class MediumTerm(nn.Module):
         kept = torch.arange(self.config.most, device=held.slots.device) < made.compressed.count[..., None]
         added = made.compressed.count.sum(1)
         order = (~kept).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
-        if not torch.compiler.is_compiling():
+        if not only_shapes(order):
             order = order[:, : int(added.max())]
         old, count = held.slot_segment.shape[1], held.slots + added
         room = old + order.shape[1]
-        if old and not torch.compiler.is_compiling() and bool((held.slots == old).all()):
+        if old and not only_shapes(held.slots) and bool((held.slots == old).all()):
             slots = Slots(*(torch.cat((a.to(b.dtype), b), 1)
                             for a, b in zip(Slots.of(held), made.slots.gather(order), strict=True)))  # fmt: skip
         elif old:
@@ -148,7 +148,7 @@ class MediumTerm(nn.Module):
         if written.made is None:
             return {}
         room, most = written.slots.slot_segment.shape[1], self.config.held
-        if not torch.compiler.is_compiling():
+        if not only_shapes(written.count):
             after = min(most, max(int(written.count.max()), held.slot_segment.shape[1]))
         else:
             after = min(most, room if fresh else held.slot_segment.shape[1])
@@ -170,7 +170,7 @@ def _shifted(keys: Int[Tensor, "rows kv_heads tables room"], drop: Int[Tensor, "
     """Sorted keys of the slots from number `drop` on, `keep` of them, numbered anew: what is sorted stays so."""
     number, drop = keys & 0xFFFFFFFF, drop[:, None, None, None]
     there = (number >= drop) & (number < drop + keep)
-    if torch.compiler.is_compiling():  # which must know the shape: those left out go behind
+    if only_shapes(keys):  # what is left out goes behind
         return torch.where(there, keys - drop, torch.iinfo(keys.dtype).max).sort(-1).values[..., :keep]
     return (keys - drop)[there].unflatten(0, (*keys.shape[:3], keep))
 

@@ -2,7 +2,7 @@
 
 The hierarchy counts segments, windows and slots from the beginning of a document. So every document of a call becomes
 a row of its own, as long as the longest of them: first those that go on from the state, then those that begin here.
-Under torch.compile, which must know all shapes, there are rows for as many documents as there are tokens.
+Where only shapes are known, as under torch.compile, there are rows for as many documents as there are tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from hmlab.layers import Documents
+from hmlab.memories.harmony.state import only_shapes
 
 
 class Rows:
@@ -36,7 +37,7 @@ class Rows:
         lengths = lengths.scatter_add(1, torch.where(number < 0, time + 1, number), torch.ones_like(number))[:, :-1]
         firsts = lengths.cumsum(1) - lengths
         self.going, last = lengths[:, 0], self.documents.last
-        if torch.compiler.is_compiling():
+        if only_shapes(start):
             each = torch.full_like(last, time)
             documents = batch * time
             self.longest = time
@@ -47,7 +48,7 @@ class Rows:
         self.before = each.cumsum(0) - each
         nth = torch.arange(documents, device=start.device) - self.before[self.row] + 1
         self.first, self.length = firsts[self.row, nth], lengths[self.row, nth]
-        if not torch.compiler.is_compiling():
+        if not only_shapes(start):
             self.longest = max(1, int(self.length.max())) if documents else 1
         self.begin = documents
 

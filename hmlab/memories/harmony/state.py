@@ -79,6 +79,11 @@ class Slots(NamedTuple):
         return Slots(*(rows_at(field, index) for field in self))
 
 
+def only_shapes(x: Tensor) -> bool:
+    """Whether values cannot be looked at: under torch.compile, and on the meta device."""
+    return torch.compiler.is_compiling() or x.is_meta
+
+
 def rows_at(x: Tensor, index: Int[Tensor, "batch chosen"]) -> Tensor:
     """`[batch, n, ...]` to `[batch, chosen, ...]`, row by row."""
     row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
