@@ -130,15 +130,13 @@ def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor],
     model = setting.model(memory)
     done, shared = folder / f"{slug(memory)}-{seed}.safetensors", folder / f"copying-{seed}.safetensors"
     if done.exists():
-        model.load_state_dict(load_file(done))
+        slots = MEMORIES[memory].get("retrieval") != "none"  # without them, what makes slots is of no use
+        model.load_state_dict(load_file(done) if slots else _fitting(model, done), strict=slots)
         return model, json.loads(done.with_suffix(".cost.json").read_text())
     phases = list(setting.phases)
     if shared.exists():  # "full" makes it, before all others
         # What is not there is what makes slots, and has not been used yet.
-        own = model.state_dict()
-        known = {name: value for name, value in load_file(shared).items()
-                 if name in own and own[name].shape == value.shape}  # fmt: skip
-        model.load_state_dict(known, strict=False)
+        model.load_state_dict(_fitting(model, shared), strict=False)
         phases = phases[-1:]
     facts: dict[str, float] = {}
     for phase in phases:
@@ -203,6 +201,13 @@ def _last(model: models.LanguageModel, tokens: Tensor, end: int, length: int) ->
     window = tokens[end - length : end + 1].long()[None]
     logits, _ = model.eval()(window[:, :-1])
     return F.cross_entropy(logits[0, -FAR:], window[0, -FAR:]).item()
+
+
+def _fitting(model: models.LanguageModel, weights: Path) -> dict[str, Tensor]:
+    """Of the stored weights, those that the model has in the same shape."""
+    own = model.state_dict()
+    return {name: value for name, value in load_file(weights).items()
+            if name in own and own[name].shape == value.shape}  # fmt: skip
 
 
 def slug(memory: str) -> str:
