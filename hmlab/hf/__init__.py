@@ -79,7 +79,7 @@ def attach(model: PreTrainedModel, config: HierarchyConfig) -> PreTrainedModel:
     for module in _attentions(decoder):
         hierarchy = Attached(
             config, heads=heads, kv_heads=getattr(model.config, "num_key_value_heads", heads),
-            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads,
+            head_dim=getattr(model.config, "head_dim", None) or model.config.hidden_size // heads, unit_keys=False,
         )  # fmt: skip
         weight = next(module.parameters())
         module.hierarchy = hierarchy.to(weight.device, model.dtype).train(module.training)

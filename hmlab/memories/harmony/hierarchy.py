@@ -58,15 +58,16 @@ class Reading(NamedTuple):
 
 
 class Hierarchy(nn.Module):
-    """Three-tier attention without projections."""
+    """Three-tier attention without projections. unit_keys: whether all keys have norm 1, which `spread` needs."""
 
-    def __init__(self, config: HierarchyConfig, *, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, config: HierarchyConfig, *, heads: int, kv_heads: int, head_dim: int, unit_keys: bool = True
+                 ) -> None:
         super().__init__()
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {heads} heads, got {kv_heads}")
         self.config, self.heads, self.kv_heads, self.head_dim = config, heads, kv_heads, head_dim
         self.retriever = LSHRetriever(config, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        self.medium_term = MediumTerm(config, kv_heads=kv_heads, head_dim=head_dim)
+        self.medium_term = MediumTerm(config, kv_heads=kv_heads, head_dim=head_dim, unit_keys=unit_keys)
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
                    ) -> State:

@@ -45,11 +45,12 @@ class Written(NamedTuple):
 class MediumTerm(nn.Module):
     """Compresses and keeps; what is kept is in the state."""
 
-    def __init__(self, config: HierarchyConfig, *, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, config: HierarchyConfig, *, kv_heads: int, head_dim: int, unit_keys: bool) -> None:
         super().__init__()
         self.config = config
         self.compressor = Compressor(config, kv_heads=kv_heads, head_dim=head_dim)
-        if config.spread:
+        self.shaped = config.spread and unit_keys
+        if self.shaped:
             # A slot begins as one token of its keys' direction: attention that was trained on tokens loses least so.
             self.sharpness = nn.Parameter(torch.ones(kv_heads))
             self.crowding = nn.Parameter(torch.zeros(kv_heads))
@@ -97,7 +98,7 @@ class MediumTerm(nn.Module):
         keys, values, mass, place = (x.flatten(1, 2) for x in made)
         mass, place = mass.to(held.slot_mass.dtype), place.to(held.slot_place.dtype)
         bias, turned = torch.where(mass > 0, mass, 1).log(), keys
-        if norm is not None and self.config.spread:
+        if norm is not None and self.shaped:
             length = keys.to(bias.dtype).square().sum(-1).clamp(max=1)
             spread = norm.to(bias.dtype).square() * (1 - length) / (2 * keys.shape[-1])
             bias = self.crowding * bias + self.variance * spread
