@@ -1,7 +1,9 @@
 """From whole segments to slots: how dense a segment is, how many slots it gets, and what they are.
 
-    policy     p = softmax(MLP(mean and variance of keys and values, density)),   ratio = argmax p
-               in training a Gumbel sample of p
+    rule       log2 wanted = log2 budget - z,   z: standard deviations of the segment's density above the mean of those
+               before it in the document
+    policy     p_r = softmax_r(MLP(mean and variance of keys and values, densities) - |log2 wanted - log2 r|)
+               ratio = argmax p, in training a Gumbel sample
     slots      k̂, v̂, mass = `compress_segments` with segment / ratio slots
     loss       weight · (Σ_r p_r (D_r + price · slots_r · budget / segment) - 0.05 · entropy(p) + mean_r D_r)
     price      += rate · (slots of the likeliest ratio · budget / segment - 1), never below 0
@@ -11,9 +13,8 @@ compresses alone, or keys would learn to be few. D needs no reconstruction: a to
 |v_i - v̂_j|² summed over j is Σ_i |v_i|² - Σ_j mass_j |v̂_j|². A sampled ratio's slots carry the gradient of its
 probability.
 
-Source: Akbar 2025, HARMONY, `CompressionPolicy`; straight-through gradients: Jang et al. 2017 (arXiv 1611.01144). The
-density policy, for use without training, is ours: log2 ratio = log2 budget - z, z the segment's density in standard
-deviations from the mean of the document's segments before it.
+Source: Akbar 2025, HARMONY, `CompressionPolicy`; gradients through samples: Jang et al. 2017 (arXiv 1611.01144). The
+rule is ours; alone, as policy "density", it serves without training, and what is learned begins as it.
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ class Compressor(nn.Module):
         if self.learned:
             last = nn.Linear(HIDDEN, len(config.ratios))
             nn.init.zeros_(last.weight)
-            with torch.no_grad():  # most likely at first: the ratio that meets the budget
-                last.bias.copy_(-torch.tensor([abs(math.log2(r / config.budget)) for r in config.ratios]))
+            nn.init.zeros_(last.bias)
             seen = features + 2 * kv_heads + len(config.densities)
             self.policy = nn.Sequential(nn.Linear(seen, HIDDEN), nn.SiLU(), last)
             self.register_buffer("price", torch.tensor(0.1))
@@ -130,28 +130,34 @@ class Compressor(nn.Module):
         """The ratio of each segment by its place among `ratios`; moments after; the policy's logits, if it has some."""
         if not self.chooses:
             return torch.zeros_like(number), moments, None
-        if self.learned:
-            each = torch.cat((k, v), 2).detach().unflatten(1, (-1, self.config.segment))
-            mean = each.mean(2)
-            variance = each.square().sum(-1).mean(2) - mean.square().sum(-1)
-            pooled = torch.cat((mean.flatten(2), variance), -1)
-            if density is not None:
-                pooled = torch.cat((pooled, (density / BITS).to(pooled.dtype)), -1)
-            logits = self.policy(pooled)
-            if self.training and auxiliary.collecting():
-                # A Gumbel sample: every ratio is tried as often as it is thought likely.
-                noise = -torch.empty_like(logits).exponential_().log()
-                return (logits + noise).argmax(-1), moments, logits
-            return logits.argmax(-1), moments, logits
+        wanted, moments = self._wanted(density, complete, number, moments)
+        ratios = torch.tensor([math.log2(r) for r in self.config.ratios], device=k.device, dtype=wanted.dtype)
+        logits = -(wanted[..., None] - ratios).abs()
+        if not self.learned:
+            return logits.argmax(-1), moments, None
+        each = torch.cat((k, v), 2).detach().unflatten(1, (-1, self.config.segment))
+        mean = each.mean(2)
+        seen = [mean.flatten(2), each.square().sum(-1).mean(2) - mean.square().sum(-1)]
+        if density is not None:
+            seen.append((density / BITS).to(mean.dtype))
+        logits = logits + self.policy(torch.cat(seen, -1))
+        if self.training and auxiliary.collecting():
+            # A Gumbel sample: every ratio is tried as often as it is thought likely.
+            noise = -torch.empty_like(logits).exponential_().log()
+            return (logits + noise).argmax(-1), moments, logits
+        return logits.argmax(-1), moments, logits
+
+    def _wanted(self, density, complete, number, moments) -> tuple[Float[Tensor, "rows segments"], Tensor]:
+        """log2 of the ratio by the density alone: the budget's for a segment like those before it."""
+        budget = math.log2(self.config.budget)
+        if density is None:
+            return moments.new_full(number.shape, budget), moments
         bits = torch.where(complete, density[..., 0], 0)
         sums = torch.stack((bits, bits.square()), -1).cumsum(1) + moments[:, None]
         before = torch.cat((moments[:, None], sums[:, :-1]), 1) / number.clamp(min=1)[..., None]
         deviation = (before[..., 1] - before[..., 0].square()).clamp(min=0).sqrt()
         z = torch.where((number > 1) & (deviation > 0), (bits - before[..., 0]) / deviation.clamp(min=1e-6), 0)
-        wanted = math.log2(self.config.budget) - z
-        ratios = torch.tensor([math.log2(r) for r in self.config.ratios], device=z.device, dtype=z.dtype)
-        after = sums[:, -1] if sums.shape[1] else moments
-        return (wanted[..., None] - ratios).abs().argmin(-1), after.to(moments.dtype), None
+        return budget - z, sums[:, -1].to(moments.dtype)
 
     def _slots(self, k, v, count, first) -> Slots:
         segment, most = self.config.segment, self.config.most
