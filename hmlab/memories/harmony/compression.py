@@ -157,7 +157,7 @@ class Compressor(nn.Module):
         before = torch.cat((moments[:, None], sums[:, :-1]), 1) / number.clamp(min=1)[..., None]
         deviation = (before[..., 1] - before[..., 0].square()).clamp(min=0).sqrt()
         z = torch.where((number > 1) & (deviation > 0), (bits - before[..., 0]) / deviation.clamp(min=1e-6), 0)
-        return budget - z, sums[:, -1].to(moments.dtype)
+        return budget - z, sums[:, -1].to(moments.dtype).clone()
 
     def _slots(self, k, v, count, first) -> Slots:
         segment, most = self.config.segment, self.config.most
