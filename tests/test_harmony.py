@@ -368,3 +368,59 @@ def test_operations_are_counted_from_shapes_alone():
     per_token = models.flops(models.Config(vocab=64, dim=32, memory=memory, layers=1), 256)
     projections = 2 * (4 * 32 * 32)
     assert per_token > projections
+
+
+@pytest.mark.parametrize("sharing", ["none", "block"])
+def test_a_window_alone_has_no_use_for_room(sharing):
+    memory = built(retrieval="none", sharing=sharing)
+    x, tokens = inputs(30)
+    with torch.no_grad():
+        _, state = memory(x, tokens=tokens)
+        assert memory.reserve(state, 99) is state
+        want, _ = memory(torch.cat((x, x[:, :1]), 1), tokens=torch.cat((tokens, tokens[:, :1]), 1))
+        got, _ = memory.step(x[:, 0], memory.reserve(state, 99), tokens=tokens[:, 0])
+    torch.testing.assert_close(got, want[:, -1], atol=1e-5, rtol=0)
+
+
+def test_reduced_codes_are_learned_too():
+    memory = built(reduced=4).train()
+    with auxiliary.collect() as asked:
+        memory(inputs(60)[0], tokens=inputs(60)[1])
+    asked["retrieval"].backward()
+    assert memory.hierarchy.retriever.family.family.weight.grad.abs().max() > 0
+
+
+@pytest.mark.unchecked
+def test_ids_may_be_of_any_integer_type():
+    memory = built(policy="density")
+    x, tokens = inputs(60)
+    with torch.no_grad():
+        want = memory(x, tokens=tokens)[0]
+        for dtype in (torch.uint8, torch.int16, torch.int32):
+            assert torch.equal(memory(x, tokens=tokens.to(dtype))[0], want)
+
+
+def test_only_training_moves_the_price():
+    memory = built()
+    price = memory.hierarchy.medium_term.compressor.price
+    before = price.clone()
+    for training, grad in ((False, True), (True, False)):
+        with torch.set_grad_enabled(grad), auxiliary.collect() as asked:
+            memory.train(training)(inputs(60)[0], tokens=inputs(60)[1])
+        assert torch.equal(price, before)
+    assert asked  # and it would have
+    with auxiliary.collect():
+        memory.train()(inputs(60)[0], tokens=inputs(60)[1])
+    assert not torch.equal(price, before)
+
+
+@pytest.mark.unchecked
+def test_replays_refuse_what_is_no_choice():
+    memory = built()
+    for choices, message in (({"dim": 32}, "dim: expected one of the hierarchy's"), ({"foo": 1}, "foo: expected")):
+        with pytest.raises(ValueError, match=message):
+            replay(memory, **choices)
+    with pytest.raises(ValueError, match="probes: expected at most 3"):
+        replay(memory, bits=2, probes=4)
+    memory.output.requires_grad_(False)
+    assert not replay(memory, picks=5).output.weight.requires_grad

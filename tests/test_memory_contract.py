@@ -36,6 +36,7 @@ FIELDS = {
         "heads": {**HARMONY, "sharing": "heads", "kv_heads": 1},
         "block": {**HARMONY, "sharing": "block"},
         "all": {**HARMONY, "retrieval": "all", "capacity": 7},
+        "window-alone": {**HARMONY, "retrieval": "none"},
     },
 }
 # What a memory is checked with: RNN layers under compile; the paper's stop-gradient between segments.
@@ -69,6 +70,13 @@ def test_every_built_in_memory_is_here():
 def test_contract(config, options, plain):
     report = plain.submit(check_memory, config, **options).result()
     assert {line.point for line in report.lines} == set(POINTS)
+
+
+def test_codecs_that_choose_tokens_are_compiled_too(plain):
+    """Their choice among tokens is not continuous, so the other points hold but for ties."""
+    config = memory_configs()["harmony"](dim=16, **{**HARMONY, "codec": "landmarks", "sinks": 0})
+    report = plain.submit(check_memory, config, only=["compiled"], dtypes=[torch.float32]).result()
+    assert [line.point for line in report.lines] == ["compiled"]
 
 
 @pytest.mark.parametrize(("config", "options"), CASES)

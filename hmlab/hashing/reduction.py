@@ -163,6 +163,11 @@ class Reduced(Family):
         """The family's codes of the reduced vectors."""
         return self.family.codes(self.reduction(x), probes=probes)
 
+    def soft_codes(self, x: Float[Tensor, "batch time heads dim"], *, straight: bool = False
+                   ) -> Float[Tensor, "batch time heads tables bits"]:
+        """A learned family's soft codes of the reduced vectors."""
+        return self.family.soft_codes(self.reduction(x), straight=straight)
+
     def hash_probability(self, similarity):
         return self._average(self.family.hash_probability, similarity)
 

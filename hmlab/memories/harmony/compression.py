@@ -56,8 +56,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.config, self.chooses = config, len(config.ratios) > 1
         self.learned = self.chooses and config.policy == "learned"
-        counts = torch.tensor([config.segment // r for r in config.ratios])
-        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("counts", torch.tensor(config.counts), persistent=False)
         self.measures = config.density() if self.chooses and config.densities else None
         features = 2 * kv_heads * head_dim
         if config.codec == "learned":
@@ -110,7 +109,8 @@ class Compressor(nn.Module):
         logits = None
         if "cross_entropy" in self.config.densities:
             logits = self.head(torch.cat((k, v), 2).flatten(2).detach())
-            auxiliary.add("next_token", lambda: self._head_loss(logits, tokens, counted))
+            if self.training:
+                auxiliary.add("next_token", lambda: self._head_loss(logits, tokens, counted))
         if tokens is None:  # only the keys' spectrum is measured, and ids are not looked at
             tokens = torch.zeros(k.shape[:2], dtype=torch.int64, device=k.device)
         # A row that holds NaN must not stop the others' eigenvalues from being found.
@@ -166,7 +166,7 @@ class Compressor(nn.Module):
                                      scale=1.0)  # fmt: skip
         k, v = (x.unflatten(1, (-1, segment)) for x in (k, v))
         chosen: Slots | None = None
-        for slots in self.counts.tolist():
+        for slots in self.config.counts:
             made = self.codec.decode(self.codec.encode(k, v, slots))
             made = Slots(*(_filled(x, most) for x in made))
             here = (count == slots)[:, :, None, None]
@@ -194,13 +194,14 @@ class Compressor(nn.Module):
         c, number, soft = self.config, complete.sum().clamp(min=1), logits.float().softmax(-1)
         distortion = torch.stack([
             self._distortion(k, v, self._slots(k, v, torch.where(complete, slots, 0), first))
-            for slots in self.counts.tolist()], -1)  # fmt: skip
+            for slots in self.config.counts], -1)  # fmt: skip
         cost = self.counts.to(soft.device) * c.budget / c.segment
         entropy = -(soft * soft.clamp(min=1e-9).log()).sum(-1)
         expected = (soft * (distortion.detach() + self.price * cost)).sum(-1) - ENTROPY * entropy
+        teaching = torch.is_grad_enabled()
         with torch.no_grad():
             spent = torch.where(complete, cost[logits.argmax(-1)], 0).sum() / number
-            if complete.any():
+            if teaching and complete.any():
                 self.price.add_(c.controller_rate * (spent - 1)).clamp_(min=0)
         return c.distortion_weight * torch.where(complete, expected + distortion.mean(-1), 0).sum() / number
 

@@ -90,6 +90,11 @@ class HierarchyConfig:
         if self.candidates < self.tables * self.probes:
             raise ValueError(f"candidates: expected at least tables · probes = {self.tables * self.probes}, "
                              f"got {self.candidates}")  # fmt: skip
+        if self.retrieval == "hash" and self.probes > self.most_probes:
+            raise ValueError(f"probes: expected at most {self.most_probes} for {self.family} of {self.bits} bits, "
+                             f"got {self.probes}")  # fmt: skip
+        if not self.budget > 0:
+            raise ValueError(f"budget: expected more than 0, got {self.budget}")
         if self.sharing == "block" and self.segment % self.query_block:
             raise ValueError(f"query_block: expected a divisor of the segment ({self.segment}), "
                              f"got {self.query_block}")  # fmt: skip
@@ -110,6 +115,16 @@ class HierarchyConfig:
         """Whether token ids are needed."""
         counted = set(self.densities) - {"spectral"} if len(self.ratios) > 1 and self.retrieval != "none" else set()
         return bool(counted) or (self.retrieval == "hash" and self.family == "minhash")
+
+    @property
+    def counts(self) -> list[int]:
+        """Slots of a segment at each ratio."""
+        return [self.segment // ratio for ratio in self.ratios]
+
+    @property
+    def most_probes(self) -> int:
+        """Codes that can be looked up in a table."""
+        return {"cross_polytope": 2 ** max(self.bits - 1, 0), "mixture": 2**self.bits}.get(self.family, self.bits + 1)
 
     @property
     def most(self) -> int:

@@ -101,6 +101,8 @@ class Hierarchy(nn.Module):
 
     def reserve(self, state: State, tokens: int) -> State:
         """Room for the slots of that many more tokens, for compiled calls."""
+        if self.config.retrieval == "none":
+            return state
         most = (tokens // self.config.segment + 1) * self.config.most
         return with_room(state, min(self.config.held, state.slot_segment.shape[1] + most))
 
@@ -126,8 +128,11 @@ class Hierarchy(nn.Module):
         """
         c = self.config
         if tokens is None and c.of_tokens:
-            raise ValueError(f"tokens: expected ids, which densities {', '.join(c.densities)} or the family {c.family} "
-                             "count, got None")  # fmt: skip
+            counting = [name for name in c.densities if name != "spectral"]
+            counting += ["minhash"] if c.family == "minhash" else []
+            raise ValueError(f"tokens: expected ids, which {', '.join(counting)} count, got None "
+                             "(densities=('spectral',) needs none)")  # fmt: skip
+        tokens = None if tokens is None else tokens.long()
         batch, time = q.shape[:2]
         fresh = state is None
         held = self.init_state(batch, device=q.device, dtype=q.dtype) if fresh else state
@@ -170,7 +175,7 @@ class Hierarchy(nn.Module):
             out, lse = window_attention(turned_q, keys_and_sinks, values_and_sinks, start=held.position - c.reach,
                                         **options)  # fmt: skip
         reading = Reading(out, lse, lse, turned_q, turned_q if c.phase else q)
-        if written.slots.slot_segment.shape[1]:
+        if written.slots.slot_segment.shape[1] and c.retrieval != "none":
             reading = self._slots(reading, written, held, fresh=fresh)
         recent = {"keys": keys, "values": values, "segment_keys": k, "segment_tokens": tokens}
         after = self._after(recent, held, length, written, sinks, reading, fresh=fresh)

@@ -42,6 +42,15 @@ def retrieval_quality(
     if not 0 < share <= 1:
         raise ValueError(f"share: expected above 0 and at most 1, got {share}")
     h, c = memory.hierarchy, memory.config
+    if c.retrieval == "none":
+        raise ValueError("memory: expected one that makes slots, got retrieval 'none'")
+    if tokens is None and c.of_tokens:
+        raise ValueError("tokens: expected ids, which the memory's densities count, got None")
+    for name, family in families.items():
+        if max(tables) > family.tables or min(tables) < 1:
+            raise ValueError(f"tables: expected 1 to {family.tables}, as family {name!r} has, got {list(tables)}")
+    if queries < 1 or least < 1:
+        raise ValueError(f"queries, least: expected at least 1, got {queries} and {least}")
     q, k, v = memory.project(x)
     held = h.init_state(len(x), device=x.device, dtype=x.dtype)
     written = h.medium_term.write(k, v, tokens, held, None, memory.rotate, memory.log_scale.exp(), h.retriever,

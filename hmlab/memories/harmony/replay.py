@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hmlab.memories.harmony.config import HierarchyConfig
 from hmlab.memories.harmony.network import Harmony
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,9 +27,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def replay(model: Model, **choices: Any) -> Model:
     """A copy of a model, or of a memory, whose HARMONY memories make other choices with the same weights.
 
-    choices: fields of `Config`. What the new choices need and the weights do not have is drawn anew; projections and
-    what compresses are always kept, as far as the ratios use it. Raises ValueError by field, or if there is no such
-    memory.
+    choices: fields of `HierarchyConfig`. What the new choices need and the weights do not have is drawn anew;
+    projections and what compresses are always kept, as far as the ratios use it. Raises ValueError by field, or if
+    there is no such memory.
     """
     if isinstance(model, Harmony):
         return _changed(model, choices)
@@ -43,10 +44,17 @@ def replay(model: Model, **choices: Any) -> Model:
 
 
 def _changed(memory: Harmony, choices: dict[str, Any]) -> Harmony:
+    known = {field.name for field in dataclasses.fields(HierarchyConfig)}
+    for name in choices:
+        if name not in known:
+            raise ValueError(f"{name}: expected one of the hierarchy's choices ({', '.join(sorted(known))})")
     weight = memory.query.weight
     with torch.random.fork_rng([]):
         other = dataclasses.replace(memory.config, **choices).build()
     other = other.to(weight.device, weight.dtype).train(memory.training)
+    trained = {name: parameter.requires_grad for name, parameter in memory.named_parameters()}
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     held, wanted = memory.state_dict(), other.state_dict()
     for name, value in wanted.items():
         old = held.get(name)
@@ -80,9 +88,8 @@ class Attribution(NamedTuple):
 def attribute(model: nn.Module, tokens: Int[Tensor, "batch time"], targets: Int[Tensor, "batch time"]) -> Attribution:
     """The loss of a language model with HARMONY memories, and what it is without their errors."""
     exact = replay(model, retrieval="exact")
-    segment = next(m for m in model.modules() if isinstance(m, Harmony)).config
-    room = max(segment.capacity, tokens.shape[1])
-    uncompressed = replay(model, retrieval="all", ratios=(1,), budget=1.0, capacity=room)
+    room = max(tokens.shape[1], *(m.config.capacity for m in model.modules() if isinstance(m, Harmony)))
+    uncompressed = replay(model, retrieval="all", ratios=(1,), budget=1.0, capacity=room, phase=True)
     losses = []
     for one in (model, exact, uncompressed):
         training = one.training

@@ -76,7 +76,7 @@ class LSHRetriever(nn.Module):
         if c.fallback and c.family != "minhash":
             missed = self.missed(q, keys, bias, available, oldest, index, position)
             doubtful = torch.sigmoid(score.logsumexp(-1) - missed) < c.fallback
-            deep, deep_score = found(max(c.probes, c.bits + 1))
+            deep, deep_score = found(min(max(c.probes, c.bits + 1), c.most_probes))
             index = torch.where(doubtful[..., None], deep, index)
             score = torch.where(doubtful[..., None], deep_score, score)
         if voters == 1 and self.groups == self.heads:
