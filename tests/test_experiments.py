@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from hmlab import results
-from hmlab.experiments import far_context, far_recall
+from hmlab.experiments import far_context, far_recall, retrieval
 from hmlab.tasks import recall
 
 RECALL = far_recall.Setting(
@@ -140,7 +140,21 @@ def test_far_context_has_losses_by_position_and_length(tmp_path, small_context):
     assert found["ratio"].sel(memory="ratio 4").values.tolist() == pytest.approx([4.0, 4.0], rel=0.1)
 
 
-@pytest.mark.parametrize("module", [far_context, far_recall])
+def test_retrieval_measures_every_layer_and_needs_trained_models(tmp_path, small_context, monkeypatch):
+    sizes = {"STEPS": 3, "CONTEXT": 1024, "TEXTS": 2, "TABLES": (1, 4), "PROBES": (1, 7)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(retrieval, name, value)
+    with pytest.raises(FileNotFoundError, match=r"folder: expected ratio-4-0\.safetensors"):
+        retrieval.run(["ratio 4"], [0], tmp_path, quiet, small_context)
+    far_context.run(small_context, ["full", "ratio 4"], [0], tmp_path, quiet)
+    found = retrieval.run(["ratio 4"], [0], tmp_path, quiet, small_context)
+    assert dict(found["recall"].sizes) == {"memory": 1, "seed": 1, "layer": 2, "family": 2, "tables": 2, "probes": 2}
+    work, recalled = (found[name].isel(memory=0, seed=0) for name in ("work", "recall"))
+    assert (work.diff("tables") > 0).all() and (work.diff("probes") > 0).all()
+    assert ((recalled >= 0) & (recalled <= 1)).all() and (recalled.diff("probes") >= 0).all()
+
+
+@pytest.mark.parametrize("module", [far_context, far_recall, retrieval])
 def test_unknown_memories_are_refused(module, capsys):
     with pytest.raises(SystemExit) as refused:
         module.main(["--memories", "window", "palace"])

@@ -19,7 +19,6 @@ Finished trainings are kept in a folder; interrupted, the command goes on with w
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -30,14 +29,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hmlab import atomic, results, train
+from hmlab import atomic, train
 from hmlab import model as models
+from hmlab.experiments.apparatus import conduct, fitting, parser, slug
 from hmlab.memories import harmony
-from hmlab.provenance import checkout, provenance
+from hmlab.provenance import checkout
 from hmlab.tasks import Batch, language
 
 FIXED = {"densities": (), "retrieval": "all"}
@@ -131,12 +130,12 @@ def trained(setting: Setting, memory: str, seed: int, tokens: dict[str, Tensor],
     done, shared = folder / f"{slug(memory)}-{seed}.safetensors", folder / f"copying-{seed}.safetensors"
     if done.exists():
         slots = MEMORIES[memory].get("retrieval") != "none"  # without them, what makes slots is of no use
-        model.load_state_dict(load_file(done) if slots else _fitting(model, done), strict=slots)
+        model.load_state_dict(load_file(done) if slots else fitting(model, done), strict=slots)
         return model, json.loads(done.with_suffix(".cost.json").read_text())
     phases = list(setting.phases)
     if shared.exists():  # "full" makes it, before all others
         # What is not there is what makes slots, and has not been used yet.
-        model.load_state_dict(_fitting(model, shared), strict=False)
+        model.load_state_dict(fitting(model, shared), strict=False)
         phases = phases[-1:]
     facts: dict[str, float] = {}
     for phase in phases:
@@ -206,17 +205,6 @@ def _last(model: models.LanguageModel, tokens: Tensor, end: int, length: int) ->
     return F.cross_entropy(logits[0, -FAR:], window[0, -FAR:]).item()
 
 
-def _fitting(model: models.LanguageModel, weights: Path) -> dict[str, Tensor]:
-    """Of the stored weights, those that the model has in the same shape."""
-    own = model.state_dict()
-    return {name: value for name, value in load_file(weights).items()
-            if name in own and own[name].shape == value.shape}  # fmt: skip
-
-
-def slug(memory: str) -> str:
-    return memory.replace("/", "_").replace(" ", "-")
-
-
 def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, say: Any = print) -> Any:
     """Train and measure what the folder does not hold yet; a Dataset of (memory, seed) and position or length."""
     import xarray as xr
@@ -250,26 +238,11 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.far_context`; Ctrl-C ends it, and the same command goes on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memories", nargs="+", default=[*MEMORIES, *REPLAYED],
-                        choices=[*MEMORIES, *REPLAYED])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--corpus", default=Setting.corpus)
-    parser.add_argument("--folder", type=Path, default=Path("runs/far_context"), help="what is finished is kept here")
-    parser.add_argument("--output", type=Path, help="the table; its provenance is written beside it as JSON")
-    given = parser.parse_args(arguments)
+    options = parser(__doc__, [*MEMORIES, *REPLAYED], "far_context")
+    options.add_argument("--corpus", default=Setting.corpus)
+    given = options.parse_args(arguments)
     setting = replace(Setting(), corpus=given.corpus)
-    console = Console(stderr=True)
-    began = time.time()
-    try:
-        dataset = run(setting, given.memories, given.seeds, given.folder, console.log)
-    except KeyboardInterrupt:
-        console.log("interrupted; the same command goes on")
-        return 130
-    if given.output is not None:
-        origin = provenance(torch.device("cpu")) | dataset.attrs | {"duration": time.time() - began}
-        results.save(given.output.stem, dataset, origin, folder=given.output.parent)
-    return 0
+    return conduct(lambda say: run(setting, given.memories, given.seeds, given.folder, say), given.output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Finished trainings and measurements are kept in a folder; interrupted, the comma
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,16 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save
 from torch import nn
 
-from hmlab import atomic, auxiliary, results, train
+from hmlab import atomic, train
 from hmlab import model as models
-from hmlab.experiments.far_context import slug
+from hmlab.experiments.apparatus import conduct, fitting, parser, slug, teach_codes
 from hmlab.memories import harmony
 from hmlab.memory import state_bytes
-from hmlab.provenance import provenance
+from hmlab.provenance import checkout
 from hmlab.tasks import recall
 
 DISTANCES = (1024, 4096, 16384, 65536, 102400, 262144, 1048576)
@@ -132,9 +130,7 @@ def trained(setting: Setting, name: str, seed: int, folder: Path, say: Any) -> m
     first = 0
     if shared.exists():
         # What is not there is what makes slots, and has not been used yet.
-        own = model.state_dict()
-        known = {key: value for key, value in load_file(shared).items() if key in own and own[key].shape == value.shape}
-        model.load_state_dict(known, strict=False)
+        model.load_state_dict(fitting(model, shared), strict=False)
         first = setting.shared
     for number, (config, steps) in list(enumerate(setting.phases))[first:]:
         last = number == len(setting.phases) - 1
@@ -164,21 +160,10 @@ def hashed(setting: Setting, model: nn.Module) -> nn.Module:
 def with_codes(setting: Setting, model: nn.Module, seed: int, say: Any) -> nn.Module:
     """The model with codes that were taught to find its slots; nothing else changes."""
     torch.manual_seed(seed)
-    model = hashed(setting, model).train()
-    codes = [parameter for module in model.modules() if isinstance(module, harmony.LSHRetriever)
-             for parameter in module.parameters()]  # fmt: skip
-    optimizer = torch.optim.Adam(codes, setting.codes_learning_rate)
+    model = hashed(setting, model)
     config, steps = setting.codes
     batches = config.open().batches("train", torch.Generator().manual_seed(1000 * seed + 999))
-    for step in range(1, steps + 1):
-        with auxiliary.collect() as losses:
-            model(next(batches).tokens)
-        optimizer.zero_grad()
-        losses["retrieval"].backward(inputs=codes)
-        optimizer.step()
-        if step % 20 == 0 or step == steps:
-            say(f"codes, seed {seed}: step {step} of {steps}, retrieval loss {losses['retrieval'].item():.3f}")
-    return model.eval()
+    return teach_codes(model, (batch.tokens for batch in batches), steps, setting.codes_learning_rate, say)
 
 
 def measure(setting: Setting, model: nn.Module, distance: int, seed: int) -> dict[str, int | float]:
@@ -213,21 +198,22 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
     folder.mkdir(parents=True, exist_ok=True)
     columns = ("accuracy", "low", "high", "answers", "state_bytes", "slots", "cpu_seconds")
     shape = (len(memories), len(seeds), len(setting.distances))
-    table = {name: np.full(shape, np.nan) for name in columns}
+    table, commits = {name: np.full(shape, np.nan) for name in columns}, set()
     # The near first, so that an interrupted table is whole as far as it goes.
     for n, distance in enumerate(setting.distances):
         for s, seed in enumerate(seeds):
             for m, memory in enumerate(memories):
                 if distance > MEMORIES[memory].farthest:
                     continue
-                kept = folder / f"{slug(memory).replace(',', '')}-{seed}-{distance}.json"
+                kept = folder / f"{slug(memory)}-{seed}-{distance}.json"
                 if not kept.exists():
                     model = trained(setting, MEMORIES[memory].trained, seed, folder, say)
                     found = measure(setting, setting.measured(memory, model, distance), distance, seed)
-                    atomic.write_bytes(kept, json.dumps(found).encode())
+                    atomic.write_bytes(kept, json.dumps(found | {"commit": checkout()[0]}).encode())
                     say(f"{memory}, seed {seed}, distance {distance}: {found['right']} of {found['answers']} right, "
                         f"{found['state_bytes'] / 2**20:.1f} MiB, {found['cpu_seconds']:.0f} s")  # fmt: skip
                 row = json.loads(kept.read_text())
+                commits.add(str(row.get("commit")))
                 low, high = wilson(row["right"], row["answers"])
                 row |= {"accuracy": row["right"] / row["answers"], "low": low, "high": high}
                 for name in columns:
@@ -239,30 +225,18 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
     for name, unit in units.items():
         dataset[name].attrs["units"] = unit
     data = setting.phases[-1][0].open()
-    return dataset.assign_attrs(setting=asdict(setting), chance=1 / len(data.values), corpus=data.provenance())
+    return dataset.assign_attrs(setting=asdict(setting), chance=1 / len(data.values), corpus=data.provenance(),
+                                measured_at=sorted(commits))  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.far_recall`; Ctrl-C ends it, and the same command goes on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--distances", nargs="+", type=int, default=list(DISTANCES), help="tokens from key to question")
-    parser.add_argument("--folder", type=Path, default=Path("runs/far_recall"), help="what is finished is kept here")
-    parser.add_argument("--output", type=Path, help="the table; its provenance is written beside it as JSON")
-    given = parser.parse_args(arguments)
+    options = parser(__doc__, list(MEMORIES), "far_recall")
+    options.add_argument("--distances", nargs="+", type=int, default=list(DISTANCES),
+                         help="tokens from key to question")  # fmt: skip
+    given = options.parse_args(arguments)
     setting = Setting(distances=tuple(sorted(given.distances)))
-    console = Console(stderr=True)
-    began = time.time()
-    try:
-        dataset = run(setting, given.memories, given.seeds, given.folder, console.log)
-    except KeyboardInterrupt:
-        console.log("interrupted; the same command goes on")
-        return 130
-    if given.output is not None:
-        origin = provenance(torch.device("cpu")) | dataset.attrs | {"duration": time.time() - began}
-        results.save(given.output.stem, dataset, origin, folder=given.output.parent)
-    return 0
+    return conduct(lambda say: run(setting, given.memories, given.seeds, given.folder, say), given.output)
 
 
 if __name__ == "__main__":

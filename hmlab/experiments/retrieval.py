@@ -10,20 +10,17 @@ hyperplanes.
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hmlab import auxiliary, hashing, results
-from hmlab.experiments.far_context import Setting, slug
+from hmlab import hashing
+from hmlab.experiments.apparatus import conduct, parser, slug, teach_codes
+from hmlab.experiments.far_context import MEMORIES, Setting
 from hmlab.memories import harmony
-from hmlab.provenance import provenance
 from hmlab.tasks import language
 
 TABLES, BITS, PROBES = (1, 2, 4, 8, 16), 6, (1, 2, 4, 7)
@@ -33,22 +30,10 @@ STEPS, RATE = 300, 1e-2
 
 def learned(model: nn.Module, tokens: Tensor, context: int, seed: int, say: Any) -> nn.Module:
     """The model with codes that were trained for it; nothing else changes."""
-    most = max(TABLES)
-    model = harmony.replay(model, retrieval="hash", tables=most, bits=BITS, probes=1, candidates=1024).train()
-    retrievers = [module for module in model.modules() if isinstance(module, harmony.LSHRetriever)]
-    codes = [parameter for module in retrievers for parameter in module.parameters()]
-    optimizer = torch.optim.Adam(codes, RATE)
+    model = harmony.replay(model, retrieval="hash", tables=max(TABLES), bits=BITS, probes=1, candidates=1024)
     every, generator = tokens.unfold(0, context, 1), torch.Generator().manual_seed(seed)
-    for step in range(1, STEPS + 1):
-        window = every[torch.randint(len(every), (2,), generator=generator)].long()
-        with auxiliary.collect() as losses:
-            model(window)
-        optimizer.zero_grad()
-        losses["retrieval"].backward(inputs=codes)
-        optimizer.step()
-        if step % 100 == 0:
-            say(f"codes: step {step} of {STEPS}, retrieval loss {losses['retrieval'].item():.3f}")
-    return model.eval()
+    windows = (every[torch.randint(len(every), (2,), generator=generator)].long() for _ in range(STEPS))
+    return teach_codes(model, windows, STEPS, RATE, say)
 
 
 @torch.no_grad()
@@ -76,11 +61,11 @@ def quality(model: nn.Module, tokens: Tensor, seed: int) -> Any:
     return xr.concat(found, "layer", combine_attrs="drop").assign(sizes).assign_coords(layer=range(len(found)))
 
 
-def run(memories: list[str], seeds: list[int], folder: Path, say: Any = print) -> Any:
-    """A Dataset (memory, seed, layer, family, tables, probes)."""
+def run(memories: list[str], seeds: list[int], folder: Path, say: Any = print, setting: Setting | None = None) -> Any:
+    """A Dataset (memory, seed, layer, family, tables, probes). setting: that the models were trained in."""
     import xarray as xr
 
-    setting = Setting()
+    setting = setting or Setting()
     data = language.Config(corpus=setting.corpus, encoding="bpe", vocab_size=setting.vocab, batch=1, context=64).open()
     each = []
     for memory in memories:
@@ -102,18 +87,8 @@ def run(memories: list[str], seeds: list[int], folder: Path, say: Any = print) -
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.retrieval`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memories", nargs="+", default=["ratio 4", "budget 16"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/far_context"), help="where the models are")
-    parser.add_argument("--output", type=Path, help="the table; its provenance is written beside it as JSON")
-    given = parser.parse_args(arguments)
-    began = time.time()
-    dataset = run(given.memories, given.seeds, given.folder, Console(stderr=True).log)
-    if given.output is not None:
-        origin = provenance(torch.device("cpu")) | dataset.attrs | {"duration": time.time() - began}
-        results.save(given.output.stem, dataset, origin, folder=given.output.parent)
-    return 0
+    given = parser(__doc__, list(MEMORIES), "far_context", ["ratio 4", "budget 16"]).parse_args(arguments)
+    return conduct(lambda say: run(given.memories, given.seeds, given.folder, say), given.output)
 
 
 if __name__ == "__main__":

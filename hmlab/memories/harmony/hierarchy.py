@@ -25,7 +25,6 @@ from hmlab_kernels.slot_attention import slot_attention
 from hmlab_kernels.window_attention import window_attention
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hmlab import auxiliary
 from hmlab.memories.harmony import sight
@@ -148,7 +147,7 @@ class Hierarchy(nn.Module):
             begins = self.init_state(rows.begin, device=q.device, dtype=q.dtype)
             begun, ends, more = self._documents(*new, begins, rows.length, rotate, norm, fresh=True)
             room = max(after.slot_segment.shape[1], ends.slot_segment.shape[1])
-            after = rows.last(with_room(after, room), with_room(ends, room), pytree.tree_map)
+            after = rows.last(with_room(after, room), with_room(ends, room))
             out = rows.join(out, begun)
             seen = {name: rows.join(value, more[name]) for name, value in seen.items()}
         sight.show(seen, rows.documents)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hmlab.layers import Documents
 from hmlab.memories.harmony.state import only_shapes
@@ -72,7 +73,7 @@ class Rows:
         new = (number > 0).reshape(batch, time, *(1,) * (going.ndim - 2))
         return torch.where(new, begun, going)
 
-    def last(self, going: Any, beginning: Any, tree_map) -> Any:
+    def last(self, going: Any, beginning: Any) -> Any:
         """The state of the document that each row ends in."""
         if not self.begin:
             return going
@@ -82,4 +83,4 @@ class Rows:
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where((last > 0).reshape(-1, *(1,) * (a.ndim - 1)), b[document], a)
 
-        return tree_map(choose, going, beginning)
+        return pytree.tree_map(choose, going, beginning)
