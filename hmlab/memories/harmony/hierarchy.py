@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from hmlab_kernels.bucket_lookup import Buckets, buckets
+from hmlab_kernels.bucket_lookup import Buckets
 from hmlab_kernels.slot_attention import slot_attention
 from hmlab_kernels.window_attention import window_attention
 from jaxtyping import Bool, Float, Int
@@ -33,7 +33,7 @@ from hmlab.memories.harmony.medium_term import MediumTerm, Written
 from hmlab.memories.harmony.retriever import LSHRetriever
 from hmlab.memories.harmony.rows import Rows
 from hmlab.memories.harmony.sharing import Blocks
-from hmlab.memories.harmony.state import EMPTY, Rotate, State, latest, rows_at
+from hmlab.memories.harmony.state import Rotate, State, latest, rows_at, with_room
 
 ASKED = 128  # queries of a row that a step's retrieval loss is of
 BLOCK = 64  # slots and queries that are read together where nothing is chosen
@@ -178,7 +178,7 @@ class Hierarchy(nn.Module):
             reading = self._slots(reading, written, held, fresh=fresh)
         recent = {"keys": keys, "values": values, "segment_keys": k, "segment_tokens": tokens}
         after = self._after(recent, held, length, written, sinks, reading, fresh=fresh)
-        return reading.out, after, self._seen(reading, written, held, sinks[0])
+        return reading.out, after, sight.look(self, reading, written, held, sinks[0])
 
     def _sinks(self, held: Tensor, new: Tensor, position: Int[Tensor, "rows"]) -> Tensor:
         """The first tokens of the documents: from the state, or from this call."""
@@ -292,84 +292,6 @@ class Hierarchy(nn.Module):
             dropped = fields.get("dropped", held.dropped) - held.dropped
             fields |= block.state(index, voters, length, dropped)
         return held._replace(**fields, sink_keys=sinks[0], sink_values=sinks[1], position=held.position + count)
-
-    def _seen(self, reading: Reading, written: Written, held: State, sink_keys: Tensor) -> dict[str, Tensor]:
-        """What observers want, for every token of the rows."""
-        c, made = self.config, written.made
-        rows, time = reading.q.shape[:2]
-        number = torch.arange(time, device=reading.q.device)
-
-        def ends(value: Tensor | None) -> Tensor:
-            if made is None or value is None:
-                return torch.full((rows, time), torch.nan, device=number.device)
-            return sight.at_ends(value, made.complete, held.position % c.segment, time, c.segment)
-
-        def picked() -> Tensor:
-            """Slots of each query, -1 for none."""
-            if reading.index is None or c.retrieval == "all":
-                return torch.full((rows, time, self.heads, c.picks), -1, device=number.device)
-            index = reading.index
-            if reading.block is not None:
-                own = (held.position[:, None] + number) // c.query_block - (held.position // c.query_block)[:, None]
-                index = rows_at(index, own)
-            return sight.per_head(index, self.heads).long()
-
-        def of_slots(field: Tensor, none: int) -> Tensor:
-            index = picked()
-            found = rows_at(field, index.clamp(min=0).flatten(1)).view(index.shape) if field.shape[1] else index
-            return torch.where(index >= 0, found, none)
-
-        def score() -> Tensor:
-            index, slots = picked(), written.slots
-            if not slots.slot_segment.shape[1]:
-                return torch.full(index.shape, torch.nan, device=number.device)
-            scores = self.retriever.scores(reading.slot_q, slots.slot_keys, slots.slot_bias, index)
-            return torch.where(index >= 0, scores, torch.nan)
-
-        def bucket() -> Tensor:
-            if self.retriever.family is None or c.family == "minhash":
-                return torch.full((rows, time, self.heads, 0), -1, device=number.device)
-            return self.retriever.query_codes(reading.slot_q, 1)[..., 0]
-
-        def confidence() -> Tensor:
-            if reading.index is None or c.retrieval == "all":
-                return torch.ones_like(reading.lse)
-            missed = self.retriever.missed(reading.slot_q, written.slots.slot_keys, written.slots.slot_bias,
-                                           reading.available, reading.oldest, picked(), held.position[:, None] + number)
-            return torch.sigmoid(reading.lse - missed)
-
-        def share() -> Tensor:
-            reach = (held.position[:, None] + number - c.window + 1).clamp(min=0) // c.segment * c.segment
-            beyond = torch.arange(c.sinks, device=number.device) < reach[..., None]
-            of_sinks = torch.einsum("bthed,bshd->bthes", reading.q.unflatten(2, (self.kv_heads, -1)).float(),
-                                    sink_keys.float()).flatten(2, 3)  # fmt: skip
-            of_sinks = of_sinks.masked_fill(~beyond[:, :, None], -torch.inf).logsumexp(-1)
-            return sight.shares(of_sinks, reading.near, reading.lse)
-
-        dropped = held.dropped[:, None, None, None]
-        return sight.seen(
-            density_bits=lambda: ends(None if made is None else made.compressed.density),
-            ratio=lambda: ends(None if made is None else made.compressed.ratio),
-            bucket=bucket,
-            retrieval_index=lambda: torch.where(picked() >= 0, picked() + dropped, -1),
-            retrieval_score=score,
-            provenance=lambda: of_slots(written.slots.slot_segment * c.segment, -1),
-            confidence=confidence, hit_share=share, tier=lambda: share().argmax(-1),
-        )  # fmt: skip
-
-
-def with_room(state: State, room: int) -> State:
-    """The state with empty places for that many slots in all, if it has fewer."""
-    more = room - state.slot_segment.shape[1]
-    if more <= 0:
-        return state
-    fields = {}
-    for name, none in EMPTY.items():
-        x = getattr(state, name)
-        fields[name] = torch.cat((x, x.new_full((x.shape[0], more, *x.shape[2:]), none)), 1)
-    if state.buckets.shape[-2]:
-        fields["buckets"] = buckets(fields["codes"]).keys
-    return state._replace(**fields)
 
 
 def _at(topics: Tensor, number: Int[Tensor, "rows queries"], held: State, segment: int) -> Tensor:

@@ -12,15 +12,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hmlab.layers import Documents
+from hmlab.memories.harmony.state import State, rows_at
 from hmlab.record import observe, recording_is_on
+
+if TYPE_CHECKING:
+    from hmlab.memories.harmony.hierarchy import Hierarchy, Reading
+    from hmlab.memories.harmony.medium_term import Written
 
 TIERS = ("sinks", "window", "slots")
 _DIMS = {
@@ -66,3 +72,72 @@ def seen(**values: Callable[[], Any]) -> dict[str, Tensor]:
     """The observations that are wanted."""
     with torch.no_grad():
         return {name: value() for name, value in values.items() if recording_is_on(name)}
+
+
+def look(hierarchy: Hierarchy, reading: Reading, written: Written, held: State, sink_keys: Tensor) -> dict[str, Tensor]:
+    """What is wanted of one call, for every token of its rows."""
+    if not any(map(recording_is_on, _DIMS)):  # never under torch.compile, which cannot trace a cache
+        return {}
+    c, made, retriever, heads = hierarchy.config, written.made, hierarchy.retriever, hierarchy.heads
+    rows, time = reading.q.shape[:2]
+    number = torch.arange(time, device=reading.q.device)
+
+    def ends(value: Tensor | None) -> Tensor:
+        if made is None or value is None:
+            return torch.full((rows, time), torch.nan, device=number.device)
+        return at_ends(value, made.complete, held.position % c.segment, time, c.segment)
+
+    @functools.cache
+    def picked() -> Tensor:
+        """Slots of each query, -1 for none."""
+        if reading.index is None or c.retrieval == "all":
+            return torch.full((rows, time, heads, c.picks), -1, device=number.device)
+        index = reading.index
+        if reading.block is not None:
+            own = (held.position[:, None] + number) // c.query_block - (held.position // c.query_block)[:, None]
+            index = rows_at(index, own)
+        return per_head(index, heads).long()
+
+    def of_slots(field: Tensor, none: int) -> Tensor:
+        index = picked()
+        found = rows_at(field, index.clamp(min=0).flatten(1)).view(index.shape) if field.shape[1] else index
+        return torch.where(index >= 0, found, none)
+
+    def score() -> Tensor:
+        index, slots = picked(), written.slots
+        if not slots.slot_segment.shape[1]:
+            return torch.full(index.shape, torch.nan, device=number.device)
+        scores = retriever.scores(reading.slot_q, slots.slot_keys, slots.slot_bias, index)
+        return torch.where(index >= 0, scores, torch.nan)
+
+    def bucket() -> Tensor:
+        if retriever.family is None or c.family == "minhash":
+            return torch.full((rows, time, heads, 0), -1, device=number.device)
+        return retriever.query_codes(reading.slot_q, 1)[..., 0]
+
+    def confidence() -> Tensor:
+        if reading.index is None or c.retrieval == "all":
+            return torch.ones_like(reading.lse)
+        missed = retriever.missed(reading.slot_q, written.slots.slot_keys, written.slots.slot_bias,
+                                       reading.available, reading.oldest, picked(), held.position[:, None] + number)
+        return torch.sigmoid(reading.lse - missed)
+
+    @functools.cache
+    def share() -> Tensor:
+        reach = (held.position[:, None] + number - c.window + 1).clamp(min=0) // c.segment * c.segment
+        beyond = torch.arange(c.sinks, device=number.device) < reach[..., None]
+        of_sinks = torch.einsum("bthed,bshd->bthes", reading.q.unflatten(2, (hierarchy.kv_heads, -1)).float(),
+                                sink_keys.float()).flatten(2, 3)  # fmt: skip
+        of_sinks = of_sinks.masked_fill(~beyond[:, :, None], -torch.inf).logsumexp(-1)
+        return shares(of_sinks, reading.near, reading.lse)
+
+    dropped = held.dropped[:, None, None, None]
+    return seen(
+        density_bits=lambda: ends(None if made is None else made.compressed.density),
+        ratio=lambda: ends(None if made is None else made.compressed.ratio),
+        bucket=bucket,
+        retrieval_index=lambda: torch.where(picked() >= 0, picked() + dropped, -1),
+        retrieval_score=score,
+        provenance=lambda: of_slots(written.slots.slot_segment * c.segment, -1),
+        confidence=confidence, hit_share=share, tier=lambda: share().argmax(-1),
+    )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from hmlab_kernels.bucket_lookup import buckets
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
@@ -95,3 +96,17 @@ def latest(x: Tensor, count: Int[Tensor, "batch"] | None, keep: int) -> Tensor:
     if count is None:
         return x[:, x.shape[1] - keep :].clone()
     return rows_at(x, torch.arange(keep, device=x.device) + count[:, None])
+
+
+def with_room(state: State, room: int) -> State:
+    """The state with empty places for that many slots in all, if it has fewer."""
+    more = room - state.slot_segment.shape[1]
+    if more <= 0:
+        return state
+    fields = {}
+    for name, none in EMPTY.items():
+        x = getattr(state, name)
+        fields[name] = torch.cat((x, x.new_full((x.shape[0], more, *x.shape[2:]), none)), 1)
+    if state.buckets.shape[-2]:
+        fields["buckets"] = buckets(fields["codes"]).keys
+    return state._replace(**fields)
