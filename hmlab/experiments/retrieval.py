@@ -10,6 +10,7 @@ hyperplanes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,14 @@ def run(memories: list[str], seeds: list[int], folder: Path, say: Any = print, s
 
     setting = setting or Setting()
     data = language.Config(corpus=setting.corpus, encoding="bpe", vocab_size=setting.vocab, batch=1, context=64).open()
-    each = []
+    each, commits = [], set()
     for memory in memories:
         of_seeds = []
         for seed in seeds:
             weights = folder / f"{slug(memory)}-{seed}.safetensors"
             if not weights.exists():
                 raise FileNotFoundError(f"folder: expected {weights.name}, which hmlab.experiments.far_context trains")
+            commits.add(json.loads(weights.with_suffix(".json").read_text())["commit"])
             model = setting.model(memory)
             model.load_state_dict(load_file(weights))
             model = learned(model, data.tokens["train"], setting.phases[-1].context, seed, say)
@@ -81,7 +83,8 @@ def run(memories: list[str], seeds: list[int], folder: Path, say: Any = print, s
             say(f"{memory}, seed {seed}: recall up to {float(of_seeds[-1]['recall'].max()):.3f}")
         each.append(xr.concat(of_seeds, xr.Variable("seed", seeds)))
     dataset = xr.concat(each, xr.Variable("memory", memories))
-    about = {"bits": BITS, "context": CONTEXT, "steps": STEPS, "share": 0.9, "corpus": data.provenance()}
+    about = {"bits": BITS, "context": CONTEXT, "steps": STEPS, "share": 0.9, "corpus": data.provenance(),
+             "trained_at": sorted(map(str, commits))}  # fmt: skip
     return dataset.assign_attrs(about)
 
 
