@@ -424,3 +424,36 @@ def test_replays_refuse_what_is_no_choice():
         replay(memory, bits=2, probes=4)
     memory.output.requires_grad_(False)
     assert not replay(memory, picks=5).output.weight.requires_grad
+
+
+def test_attribution_ends_at_causal_attention_though_slots_have_no_phase():
+    memory = Config(**{**SMALL, "dim": 32, "ratios": (4,), "densities": (), "phase": False})
+    torch.manual_seed(0)
+    model = models.Config(vocab=64, dim=32, memory=memory, layers=2).build()
+    tokens = inputs(60)[1]
+    found = attribute(model, tokens, tokens.roll(-1, 1))
+    with torch.no_grad():
+        logits, _ = replay(model, window=60, retrieval="none").eval()(tokens)
+    want = F.cross_entropy(logits.mT, tokens.roll(-1, 1), reduction="none")
+    torch.testing.assert_close(found.uncompressed, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_slot_is_scored_by_direction_mass_and_spread():
+    memory = built(ratios=(4,), phase=False, densities=(), retrieval="all", sinks=0)
+    shape, x = memory.hierarchy.medium_term, inputs(40)[0]
+
+    def slots(sharpness, crowding, variance):
+        with torch.no_grad():
+            for parameter, value in zip((shape.sharpness, shape.crowding, shape.variance),
+                                        (sharpness, crowding, variance), strict=True):  # fmt: skip
+                parameter.fill_(value)
+            return memory(x)[1]
+
+    plain = slots(0, 1, 0)
+    torch.testing.assert_close(plain.slot_bias, plain.slot_mass.log())
+    length = plain.slot_keys.square().sum(-1)
+    assert length.max() < 0.99
+    second = memory.log_scale.exp().square() * (1 - length) / (2 * 8)
+    torch.testing.assert_close(slots(0, 0, 1).slot_bias, second.detach())
+    torch.testing.assert_close(slots(0, 2, 0.5).slot_bias, (2 * plain.slot_mass.log() + second / 2).detach())
+    torch.testing.assert_close(slots(1, 1, 0).slot_keys.norm(dim=-1), torch.ones_like(length), atol=1e-4, rtol=0)
