@@ -144,19 +144,35 @@ class LanguageModel(nn.Module):
         """Logits of the next token after each, and the state after the last. reset, valid: as in `Memory.forward`."""
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens: expected integers [batch, time], got {tokens.dtype} {list(tokens.shape)}")
-        first = tokens.new_zeros(tokens.shape[0], dtype=torch.int64) if state is None else state.position
-        position, end = document_positions(first, reset, valid, tokens.shape[1])
-        x = self._embed(tokens, position)
+        hidden, state = self.hidden(self.embedding(tokens), state, tokens=tokens, reset=reset, valid=valid)
+        return self.head(hidden), state
+
+    def hidden(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: State | None = None,
+        *,
+        tokens: Int[Tensor, "batch time"] | None = None,
+        reset: Bool[Tensor, "batch time"] | None = None,
+        valid: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], State]:
+        """What the head reads, from embeddings instead of tokens: `embedding(tokens)`, or vectors of one's own.
+
+        tokens: for memories that count ids; those refuse a call without.
+        """
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device) if state is None else state.position
+        position, end = document_positions(first, reset, valid, x.shape[1])
+        x = self._place(x, position)
         layers = []
         for block, before in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
             x, after = block(x, before, tokens=tokens, reset=reset, valid=valid)
             layers.append(after)
-        return self.head(self.norm(x)), State(end, tuple(layers))
+        return self.norm(x), State(end, tuple(layers))
 
     def step(self, tokens: Int[Tensor, "batch"], state: State) -> tuple[Float[Tensor, "batch vocab"], State]:
         """Logits after one more token per row."""
         position = state.position + 1
-        x = self._embed(tokens, position)
+        x = self._place(self.embedding(tokens), position)
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x, after = block.step(x, before, tokens)
@@ -179,8 +195,7 @@ class LanguageModel(nn.Module):
         """Parameters that lie inside memories."""
         return [p for block in self.blocks for p in block.memory.parameters()]
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+    def _place(self, x: Tensor, position: Tensor) -> Tensor:
         if self.positions is None:
             return x
         if not torch.compiler.is_compiling() and position.numel() and int(position.max()) > self.config.context:
