@@ -210,15 +210,19 @@ def train(model: nn.Module, data: Data, config: Config, *, seed: int = 0, progre
 def total_loss(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
     """The sum over the targets that count of the cross-entropy in nats; a scalar.
 
-    In training mode, plus what the memories ask for besides (`hmlab.auxiliary`), which counts for every target.
+    In training mode, plus what the memories ask for besides (`hmlab.auxiliary`), which counts for every target. A model
+    that has a `loss_sum` computes the former itself: one whose logits of all tokens at once would be too many.
     """
     with (
         torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
         (auxiliary.collect() if model.training else nullcontext({})) as asked,
     ):
-        logits, _ = model(batch.tokens, reset=batch.reset, valid=batch.valid)
-    targets = batch.targets.masked_fill(~batch.mask, -100)  # what cross_entropy ignores
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        if hasattr(model, "loss_sum"):
+            loss = model.loss_sum(batch)
+        else:
+            logits, _ = model(batch.tokens, reset=batch.reset, valid=batch.valid)
+            targets = batch.targets.masked_fill(~batch.mask, -100)  # what cross_entropy ignores
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     return loss + sum(asked.values()) * batch.mask.sum() if asked else loss
 
 
