@@ -31,6 +31,7 @@ VOCABULARY: dict[str, tuple[str, str]] = {
     "node_norm": ("norm of the summary", "1"),
     "retrieval_index": ("retrieved slot", "1"),
     "retrieval_score": ("retrieval score", "1"),
+    "recall_weight": ("recall weight", "1"),
     "confidence": ("confidence", "1"),
     "density_bits": ("information density", "bits"),
     "ratio": ("compression ratio", "1"),

@@ -14,7 +14,7 @@ Errors: ValueError for models that cannot be served so.
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,7 @@ from hmlab.model import LanguageModel
 _BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
+@runtime_checkable
 class Reader(Protocol):
     """width: of embeddings and hidden states. weight: of the embedding, which tells device and type."""
 

@@ -25,8 +25,8 @@ FIRST_SCALE = 8.0
 class Recall(Observed, nn.Module):
     """A call is a segment: `time` of its recordings counts segments.
 
-    Observes `recall_weight` [batch, time, slots, keys] and `provenance` [batch, time, slots], the number of the
-    segment whose memory a slot holds (-1: none).
+    Observes `recall_weight` [batch, time, slots, memories], one for all memories of a slot or one each, and
+    `provenance` [batch, time, slots], the number of the segment whose memory a slot holds (-1: none).
     """
 
     def __init__(self, width: int, dim: int, *, key_norm: bool, each: bool) -> None:
@@ -70,7 +70,7 @@ class Recall(Observed, nn.Module):
         prompt = torch.einsum("bsk,bsmd->bmd" if weights.shape[2] == 1 else "bsm,bsmd->bmd", weights, cache.float())
         observe("recall_weight", lambda: weights.masked_fill(~(held & searching.to(held.device)[:, None])[..., None],
                                                             math.nan)[:, None],
-                ("batch", "time", "slots", "keys"))  # fmt: skip
+                ("batch", "time", "slots", "memories"))  # fmt: skip
         observe("provenance", lambda: sources(count, slots)[:, None], ("batch", "time", "slots"))
         return prompt.to(summary.device), logs
 
