@@ -36,21 +36,15 @@ def save_pretrained(self: HMT, folder: str | Path, include_backbone: bool = Fals
     """Write the wrapper into a folder; adapters inside the backbone are the wrapper's too."""
     from safetensors.torch import save
 
-    folder = Path(folder)
+    folder, adapted = Path(folder), hasattr(self.backbone, "peft_config")
+    if adapted and include_backbone:
+        raise ValueError("include_backbone: expected False for a backbone with adapters, which are written alone (merge "
+                         "them into it first with merge_and_unload), got True")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = hasattr(self.backbone, "peft_config")
     if adapted:
         self.backbone.save_pretrained(str(folder / "adapter"), safe_serialization=True)
     if include_backbone:
-        backbone = self.backbone.get_base_model() if adapted else self.backbone
-        if adapted:
-            raise ValueError("include_backbone: expected False for a backbone with adapters, which are written alone "
-                             "(merge them into it first with merge_and_unload), got True")  # fmt: skip
-        if isinstance(backbone, LanguageModel):
-            from hmlab import hf
-
-            backbone = hf.as_causal_lm(backbone)
-        backbone.save_pretrained(str(folder / "backbone"))
+        _as_transformers(self.backbone).save_pretrained(str(folder / "backbone"))
     header = {"format": FORMAT, "width": str(self.reader.width), "config": json.dumps(asdict(self.config))}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own_state(self).items()}
     atomic.write_bytes(folder / FILE, save(tensors, header))
@@ -82,6 +76,12 @@ def from_pretrained(cls: type[HMT], folder: str | Path, backbone: nn.Module | No
     own = own_state(hmt)
     hmt.load_state_dict({**hmt.state_dict(), **{name: tensors[name].to(own[name].device) for name in own}})
     return hmt.eval()
+
+
+def _as_transformers(backbone: nn.Module) -> Any:
+    from hmlab import hf
+
+    return hf.as_causal_lm(backbone) if isinstance(backbone, LanguageModel) else backbone
 
 
 def _backbone(folder: Path) -> Any:
