@@ -38,8 +38,8 @@ def save_pretrained(self: HMT, folder: str | Path, include_backbone: bool = Fals
 
     folder, adapted = Path(folder), hasattr(self.backbone, "peft_config")
     if adapted and include_backbone:
-        raise ValueError("include_backbone: expected False for a backbone with adapters, which are written alone (merge "
-                         "them into it first with merge_and_unload), got True")  # fmt: skip
+        raise ValueError("include_backbone: expected False for a backbone with adapters, which are written alone "
+                         "(merge them into it first with merge_and_unload), got True")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if adapted:
         self.backbone.save_pretrained(str(folder / "adapter"), safe_serialization=True)
