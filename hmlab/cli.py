@@ -118,7 +118,7 @@ def options(
 
 LOOK, TRAIN, NOTEBOOKS, MACHINE, OWN = "Look", "Train", "Notebooks", "This machine", "Your own memory"
 app.command("list", rich_help_panel=LOOK)(catalogue.list_all)
-app.command("show", rich_help_panel=LOOK)(catalogue.show)
+app.command("show", cls=catalogue.ShowCommand, rich_help_panel=LOOK)(catalogue.show)
 app.command("train", rich_help_panel=TRAIN)(training.train)
 app.command("sample", rich_help_panel=TRAIN)(training.sample)
 app.add_typer(runs.app, name="runs", rich_help_panel=TRAIN)

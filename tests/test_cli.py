@@ -102,7 +102,8 @@ def test_list_names_everything():
     assert {"lmn", "attention", "recurrent"} <= {row["name"] for row in listed["memories"]}
     assert {"logmem", "gpt2-paper"} <= {row["name"] for row in listed["presets"]}
     assert {"python", "tinyshakespeare"} <= {row["name"] for row in listed["corpora"]}
-    assert set(listed) == {"memories", "presets", "corpora", "notebooks", "checkpoints", "dashboards"}
+    assert {"hmt", "rmt", "memorizing"} == {row["name"] for row in listed["wrappers"]}
+    assert set(listed) == {"memories", "wrappers", "presets", "corpora", "notebooks", "checkpoints", "dashboards"}
     assert all(row["about"] for row in listed["memories"])
     assert "transformer-xl" in hmlab("list").stdout
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from hmlab.commands import hmt
 from hmlab.commands.corpora import rows_of_corpora
 from hmlab.commands.output import Json, flat, print_json, print_table, size
 from hmlab.commands.settings import Refusal, Settings, pairs, user_values
 
 DEFAULT_TIME = 512
+WRAPPERS = {
+    "hmt": "Hierarchical Memory Transformer: segments, and a search among the memories of past ones; `hmlab show hmt`",
+    "rmt": "Recurrent Memory Transformer: HMT with query=\"none\", a segment's memory goes to the next one alone",
+    "memorizing": "Memorizing Transformer: one layer looks past keys and values up",
+}
 
 
 def list_all(json: Json = False) -> None:
-    """Memories, presets, corpora, notebooks, checkpoints and dashboards."""
+    """Memories, wrappers, presets, corpora, notebooks, checkpoints and dashboards."""
     everything = {
         "memories": _memories(),
+        "wrappers": [{"name": name, "about": about} for name, about in WRAPPERS.items()],
         "presets": _presets(),
         "corpora": rows_of_corpora(),
         "notebooks": _notebooks(),
@@ -34,8 +42,24 @@ def list_all(json: Json = False) -> None:
         print()
 
 
+class ShowCommand(TyperCommand):
+    """Refuses what would be passed over: options of hmt for a model, those of a model for hmt."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        name = ctx.params.get("name")
+        for option in self.params:
+            if option.name in ("name", "json") or ctx.get_parameter_source(option.name).name != "COMMANDLINE":
+                continue
+            of_hmt = getattr(option, "rich_help_panel", None) == hmt.PANEL
+            if of_hmt != (name == "hmt"):
+                kind = "hmt" if of_hmt else "presets and memories"
+                raise Refusal(f"{option.opts[0]}: an option of {kind}, got {name}")
+        return rest
+
+
 def show(
-    name: Annotated[str, typer.Argument(help="A preset or a memory; `hmlab list` names them.")],
+    name: Annotated[str, typer.Argument(help="A preset, a memory or hmt; `hmlab list` names them.")],
     dim: Annotated[int, typer.Option(help="Width of the model.")] = 128,
     vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 65,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
@@ -44,9 +68,25 @@ def show(
         int | None,
         typer.Option(help="Tokens read before the state is measured.", show_default="512, or a shorter context"),
     ] = None,
+    width: hmt.Width = None,
+    recall_width: hmt.RecallWidth = None,
+    backbone_parameters: hmt.BackboneParameters = None,
+    memories: hmt.Memories = 1,
+    cache_size: hmt.CacheSize = 300,
+    segment_length: hmt.SegmentLength = 256,
+    sensory: hmt.Sensory = 32,
+    transformers_config: hmt.TransformersConfig = None,
     json: Json = False,
 ) -> None:
-    """Parameters, bytes and operations of a model, counted on the model itself after it has read TIME tokens."""
+    """Parameters, bytes and operations of a model, counted on the model itself after it has read TIME tokens.
+
+    Of hmt: what it adds to a backbone, by arithmetic.
+    """
+    if name == "hmt":
+        hmt.show_hmt(width=width, recall_width=recall_width, backbone_parameters=backbone_parameters,
+                     memories=memories, cache_size=cache_size, segment_length=segment_length, sensory=sensory,
+                     transformers_config=transformers_config, json=json)  # fmt: skip
+        return
     import torch
 
     from hmlab import model as models
