@@ -160,6 +160,8 @@ class TransformerXL(Memory):
 
     def step(self, x, state, *, tokens=None):
         """W_k, W_v and W_r are applied to the one query and the one sum, not to all that is remembered."""
+        if type(self.kv) is not nn.Linear or type(self.relative) is not nn.Linear:
+            return super().step(x, state, tokens=tokens)  # an adapter round one (LoRA) shows in its calls alone
         self.check_input(x[:, None], None if tokens is None else tokens[:, None], state=state)
         hidden = torch.cat((state.hidden.to(x.dtype), x[:, None]), 1)
         distance = torch.arange(hidden.shape[1] - 1, -1, -1, device=x.device)

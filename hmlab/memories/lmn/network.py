@@ -206,6 +206,8 @@ class LogarithmicMemory(Memory):
         """Query, key, value of tokens; query and value of nodes, once per node and not once per reader."""
         weight, bias, (E, H) = self.qkv.weight, self.qkv.bias, (self.dim, self.config.heads)
         own = self.qkv(x).unflatten(-1, (3, H, -1))
+        if type(self.qkv) is not nn.Linear:  # an adapter round it (LoRA) shows in its calls alone
+            return own, self.qkv(flat).unflatten(-1, (3, H, -1))[..., ::2, :, :]
         nodes = F.linear(flat, torch.cat([weight[:E], weight[2 * E :]]), torch.cat([bias[:E], bias[2 * E :]]))
         return own, nodes.unflatten(-1, (2, H, -1))
 

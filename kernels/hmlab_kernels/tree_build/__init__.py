@@ -182,10 +182,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad):
-    grads = torch.ops.hmlab.tree_build_backward(
-        grad, *ctx.saved_tensors, ctx.arity, ctx.kernel, ctx.start, ctx.levels, ctx.impl
-    )
-    present = ctx.saved_tensors[1:7]
+    saved = ctx.saved_tensors  # activation checkpointing gives them once
+    grads = torch.ops.hmlab.tree_build_backward(grad, *saved, ctx.arity, ctx.kernel, ctx.start, ctx.levels, ctx.impl)
+    present = saved[1:7]
     return *(g if x is not None else None for g, x in zip(grads, present, strict=True)), *([None] * 6)
 
 
