@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from hmt_models import ALL, ATTENDING, RECURRENT, SMALL, TRANSFORMERS, VOCAB, backbone, text, wrapped
 
+from hmlab import hf
+from hmlab.memories.harmony import HierarchyConfig
 from hmlab.memory import clone, load_state, save_state, state_bytes
 from hmlab.record import record
 from hmlab.wrappers.hmt import HMT, sources
@@ -440,6 +442,19 @@ def test_half_precision_keeps_recall_in_float32():
     exact.load_state_dict(hmt.state_dict())
     wanted = exact(text(2, 40)).logits
     assert (out.logits.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_our_models_are_read_in_either_dress():
+    """`hf.as_causal_lm` round a LanguageModel is the LanguageModel; with memories in place of attention, none is."""
+    plain, ids = wrapped("lmn"), text(2, 30)
+    dressed = HMT(hf.as_causal_lm(plain.backbone), plain.config).eval()
+    own = {name: value for name, value in plain.state_dict().items() if not name.startswith("backbone")}
+    dressed.load_state_dict(dressed.state_dict() | own)
+    assert torch.equal(dressed(ids).logits, plain(ids).logits)
+    attached = hf.attach(backbone("llama"), HierarchyConfig(window=4))
+    with pytest.raises(ValueError, match="backbone: expected the model's own attention"):
+        HMT(attached, HMT.Config(**SMALL))
 
 
 def test_rmt_hands_its_memory_on():

@@ -51,6 +51,10 @@ class Reader(Protocol):
 
 def reader_of(model: nn.Module, places: int) -> Reader:
     """The reader for a model, which will read `places` positions at most. Raises ValueError if there is none."""
+    if getattr(getattr(model, "config", None), "model_type", None) == "hmlab":
+        from hmlab.hf import as_language_model
+
+        model = as_language_model(model)
     if isinstance(model, LanguageModel):
         if 0 < model.config.context < places:
             raise ValueError(_too_long(places, model.config.context))
@@ -63,6 +67,8 @@ def reader_of(model: nn.Module, places: int) -> Reader:
     if not all(hasattr(model, name) for name in ("get_input_embeddings", "get_output_embeddings", "base_model")):
         raise ValueError(f"backbone: expected a causal language model of transformers or hmlab's LanguageModel, "
                          f"got {type(model).__name__}")  # fmt: skip
+    if any(hasattr(module, "_hmlab_attachment") for module in model.modules()):
+        raise ValueError("backbone: expected the model's own attention (hf.detach it first), got memories in its place")
     if model.get_output_embeddings() is None:
         raise ValueError(f"backbone: expected a model with a head, got {type(model).__name__} without any")
     changed = [name for name in _BEHIND_THE_HEAD if getattr(model.config, name, None) not in (None, 1, 1.0)]
