@@ -13,7 +13,7 @@ import torch
 from hmlab_kernels.bench import Case, measure
 from torch import Tensor
 
-from hmlab import bench_harmony, model
+from hmlab import bench_harmony, bench_hmt, model
 from hmlab.memories import lmn
 from hmlab.memories.lmn.authors import published_forward
 from hmlab.registry import UnknownName, memory_config
@@ -59,7 +59,8 @@ def suites() -> dict[str, Callable[[str], Iterable[Case]]]:
     def of(op: str) -> Callable[[str], Iterable[Case]]:
         return lambda device: importlib.import_module(f"hmlab_kernels.{op}.cases").benchmarks(device)
 
-    layers = {"lmn-forward": lmn_forward, "lmn-training": lmn_training, "harmony": bench_harmony.cases}
+    layers = {"lmn-forward": lmn_forward, "lmn-training": lmn_training, "harmony": bench_harmony.cases,
+              "hmt": bench_hmt.cases}  # fmt: skip
     return layers | {op: of(op) for op in hmlab_kernels.OPS}
 
 
@@ -73,8 +74,11 @@ def run(names: Sequence[str] = (), *, device: str = "cpu", seconds: float = 2.0,
     torch.manual_seed(0)
     cases = (case for name in names or known for case in known[name](device))
     readings: bench_harmony.Readings = {}
-    measured = measure(bench_harmony.metered(cases, readings), device=device, seconds=seconds, progress=progress)
-    return bench_harmony.with_readings(measured, readings) if readings else measured
+    allocated: bench_hmt.Allocated = {}
+    cases = bench_hmt.metered(bench_harmony.metered(cases, readings), allocated)
+    measured = measure(cases, device=device, seconds=seconds, progress=progress)
+    measured = bench_harmony.with_readings(measured, readings) if readings else measured
+    return bench_hmt.with_tensor_bytes(measured, allocated) if allocated else measured
 
 
 def _block(memory, device: str) -> model.Block:

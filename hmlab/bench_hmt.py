@@ -13,17 +13,26 @@ Units: tokens, flops, bytes. Source: arXiv 2405.06067. Errors: ValueError for la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hmlab_kernels.bench import Case
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmlab.wrappers.hmt import HMT
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Allocated = dict[tuple[str, str], int]  # by case and candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +143,7 @@ def case(device: str, sizes: Sizes, *, training: bool, recall: bool) -> Case:
     model = hmt(device, sizes, recall=recall)
     ids = torch.randint(sizes.vocab, (batch, segments * sizes.segment_length), device=device)
     runs = {"hmlab": model, "authors": authors(model)}
-    step = _train if training else _evaluate
+    step = _training if training else _evaluation
     work = flops(sizes, segments, batch, recall=recall)
     weights = sum(parameter.nbytes for parameter in runs["authors"].parameters())
     what = f"hmt {'training' if training else 'evaluation'}{'' if recall else ' without recall'}"
@@ -184,20 +193,84 @@ def flops(sizes: Sizes, segments: int, batch: int, *, recall: bool) -> int:
     return 2 * batch * products
 
 
-def _train(model: nn.Module, ids: Tensor) -> Callable[[], Any]:
+class Step:
+    """A candidate of which `metered` also tells the bytes of its tensors."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run = run
+
+    def __call__(self) -> None:
+        self.run()
+
+
+def _training(model: nn.Module, ids: Tensor) -> Step:
     def step() -> None:
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
 
-    return step
+    return Step(step)
 
 
-def _evaluate(model: nn.Module, ids: Tensor) -> Callable[[], Any]:
+def _evaluation(model: nn.Module, ids: Tensor) -> Step:
     @torch.no_grad()
     def read() -> None:
         model(ids, labels=ids)
 
-    return read
+    return Step(read)
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of tensors made while it is on: `now`, and at their `peak`; what an operator needs inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self._see((args, kwargs), made=False)  # what was there before comes in as an argument first
+        out = operator(*args, **(kwargs or {}))
+        self._see(out, made=True)
+        return out
+
+    def _see(self, tree: Any, *, made: bool) -> None:
+        for leaf in pytree.tree_leaves(tree):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is None or id(storage) in self._known:
+                continue
+            size = storage.nbytes() if made else 0
+            self._known.add(id(storage))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, id(storage), size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def tensor_bytes(run: Callable[[], object]) -> int:
+    """Of a call's tensors at their peak, beyond those that it leaves (gradients in the place of others)."""
+    run()
+    with _Ledger() as ledger:
+        run()
+    return ledger.peak - ledger.now
+
+
+def metered(cases: Iterable[Case], allocated: Allocated) -> Iterator[Case]:
+    """The cases, one at a time; bytes of the tensors of each step go into `allocated` once it was measured."""
+    for case in cases:
+        yield case
+        for name, run in case.runs.items():
+            if isinstance(run, Step):
+                allocated[case.name, name] = tensor_bytes(run)
+
+
+def with_tensor_bytes(measured: xr.Dataset, allocated: Allocated) -> xr.Dataset:
+    """With what was counted, missing where nothing was."""
+    table = [[float(allocated.get((case, name), np.nan)) for name in measured["candidate"].values]
+             for case in measured["case"].values]  # fmt: skip
+    about = {"long_name": "memory of tensors at the peak", "units": "bytes"}
+    return measured.assign(tensor_bytes=(("case", "candidate"), table, about))
 
 
 def _parameter(x: Tensor) -> nn.Parameter:

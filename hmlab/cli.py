@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hmlab import __version__
-from hmlab.commands import bench, catalogue, corpora, lab, memories, notebooks, runs, training
+from hmlab.commands import bench, catalogue, claims, corpora, lab, memories, notebooks, runs, training
 from hmlab.commands.settings import Refusal
 
 # What the library raises on purpose, its message made for the user, and the exit status. By name, because
@@ -31,6 +31,8 @@ EXPECTED = {
     "hmlab.diagnosis.Instability": 1,
     "hmlab.runs.UnknownRun": 2,
     "hmlab.runs.StoreError": 1,
+    "hmlab.claims.measure.ClaimError": 1,
+    "hmlab.claims.history.HistoryError": 1,
     "builtins.OSError": 1,
 }
 _UsageError = typer.BadParameter.__base__
@@ -119,6 +121,7 @@ def options(
 LOOK, TRAIN, NOTEBOOKS, MACHINE, OWN = "Look", "Train", "Notebooks", "This machine", "Your own memory"
 app.command("list", rich_help_panel=LOOK)(catalogue.list_all)
 app.command("show", cls=catalogue.ShowCommand, rich_help_panel=LOOK)(catalogue.show)
+app.command("claims", rich_help_panel=LOOK)(claims.claims)
 app.command("train", rich_help_panel=TRAIN)(training.train)
 app.command("sample", rich_help_panel=TRAIN)(training.sample)
 app.add_typer(runs.app, name="runs", rich_help_panel=TRAIN)

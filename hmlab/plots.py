@@ -183,6 +183,28 @@ def tradeoff(measured: xr.Dataset, x: str, y: str, *, by: str, log_x: bool = Fal
     return _legend_outside(themed(figure, theme))
 
 
+def heat(values: xr.DataArray, *, limits: tuple[float, float] | None = None, title: str = "", theme: str = "light"
+         ) -> go.Figure:
+    """Heat map of an array of two dims: the first from top to bottom, the second across; what is missing stays blank.
+
+    limits: the values at the ends of the colour scale, None for the least and the largest.
+    """
+    if values.ndim != 2:
+        raise ValueError(f"values: expected two dims, got {list(map(str, values.dims))}")
+    down, across = (values[dim] for dim in values.dims)
+    name = axis_title(values)
+    figure = go.Figure(go.Heatmap(
+        x=across.values, y=down.values, z=values.values, colorscale=AMOUNT, hoverongaps=False,
+        zmin=None if limits is None else limits[0], zmax=None if limits is None else limits[1],
+        colorbar={"title": {"text": name, "side": "right"}},
+        hovertemplate=f"{down.name} %{{y}}, {across.name} %{{x}}<br>{name} %{{z:.4g}}<extra></extra>",
+    ))  # fmt: skip
+    figure.update_layout(title=title or name.split(" [")[0].capitalize(), xaxis_title=axis_title(across),
+                         yaxis_title=axis_title(down))  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    return themed(figure, theme)
+
+
 def ribbons(values: xr.Dataset, *, lines: Sequence[str] = (), title: str = "", texts: Sequence[str] | None = None,
             theme: str = "light") -> go.Figure:
     """Variables of one dim as ribbons, one below the other, coloured by rank: what stands high where, whatever its

@@ -29,9 +29,9 @@ def names() -> list[str]:
     return sorted(path.stem for path in (assets_root() / "data" / "results").glob("*.csv"))
 
 
-def load(name: str) -> xr.Dataset:
+def load(name: str, *, folder: str | Path | None = None) -> xr.Dataset:
     """A result by name; `attrs["provenance"]` says how it came to be."""
-    return _read(assets_root() / "data" / "results", name)
+    return _read(Path(folder) if folder is not None else assets_root() / "data" / "results", name)
 
 
 def published(name: str) -> xr.Dataset:

@@ -103,7 +103,9 @@ def test_list_names_everything():
     assert {"logmem", "gpt2-paper"} <= {row["name"] for row in listed["presets"]}
     assert {"python", "tinyshakespeare"} <= {row["name"] for row in listed["corpora"]}
     assert {"hmt", "rmt", "memorizing"} == {row["name"] for row in listed["wrappers"]}
-    assert set(listed) == {"memories", "wrappers", "presets", "corpora", "notebooks", "checkpoints", "dashboards"}
+    assert {"mqar", "babi", "language"} <= {row["name"] for row in listed["tasks"]}
+    assert set(listed) == {"memories", "wrappers", "presets", "tasks", "corpora", "notebooks", "checkpoints",
+                           "dashboards"}  # fmt: skip
     assert all(row["about"] for row in listed["memories"])
     assert "transformer-xl" in hmlab("list").stdout
 

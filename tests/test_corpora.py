@@ -205,6 +205,7 @@ def test_own_places_without_text_are_refused(tmp_path, no_data):
         ("wikitext-2", {"train": 10_780_437, "valid": 1_120_192, "test": 1_255_018}),
         ("gutenberg-books", {"train": 9_255_131, "valid": 994_067, "test": 2_215_956}),
         ("enwik8-4m", {"train": 3_582_546, "valid": 199_490, "test": 198_988}),
+        ("haystack-essays", {"train": 592_311, "valid": 74_039, "test": 74_039}),
     ],
 )
 def test_real_corpora_have_their_known_sizes(name, characters):

@@ -1,5 +1,6 @@
 """Downloads, from a server on this machine: checked, all or nothing, and clear about what went wrong."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -37,6 +38,19 @@ def test_a_download_is_checked_reported_and_used(made):
     corpora.download("made")
     assert corpora.load("made", download=True).place == made.folder / "made"
     assert made.server.asked == 1
+
+
+def test_a_file_that_is_served_packed_is_unpacked(made):
+    made.describe(url=made.server.url + ".gz")
+    made.server.body = gzip.compress(made.text)
+    corpora.download("made")
+    assert made.files() == {"made/text": made.text}
+    made.put(made.folder, b"wrong")
+    for body in (gzip.compress(made.text)[:-1000], gzip.compress(made.text + b"more"), made.text):
+        made.server.body = body
+        with pytest.raises(CorpusError):
+            corpora.download("made")
+        assert made.files() == {"made/text": b"wrong"}
 
 
 def test_load_downloads_only_when_asked(made):

@@ -253,8 +253,8 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
         hf.load(deeper, tmp_path)
     assert list(deeper.state_dict()) == keys
     (tmp_path / "hierarchy.safetensors").write_bytes((tmp_path / "hierarchy.safetensors").read_bytes().replace(
-        b"hmlab-hierarchy-1", b"hmlab-hierarchy-9"))  # fmt: skip
-    with pytest.raises(ValueError, match="folder: expected hierarchies in the format hmlab-hierarchy-1"):
+        b"hmlab-hierarchy-2", b"hmlab-hierarchy-9"))  # fmt: skip
+    with pytest.raises(ValueError, match="folder: expected hierarchies in the format hmlab-hierarchy-2"):
         hf.load(make("llama"), tmp_path)
 
 

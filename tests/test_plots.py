@@ -110,3 +110,21 @@ def test_what_cannot_be_drawn_is_named(recordings):
         plots.metric(xr.Dataset({"loss": ("step", [1.0])}), "los")
     with pytest.raises(ValueError, match="theme"):
         plots.themed(plots.go.Figure(), "blue")
+
+
+def test_a_heat_map_draws_each_number_where_its_labels_say():
+    values = xr.DataArray(
+        [[0.1, np.nan, 0.3], [0.4, 0.5, 0.6]], dims=("segment", "source"), name="recall_weight",
+        coords={"segment": ("segment", [4, 7], {"units": "segments"}), "source": [0, 1, 2]},
+        attrs={"long_name": "recall weight", "units": "1"},
+    )  # fmt: skip
+    figure = plots.heat(values, limits=(0.0, 1.0))
+    (map_,) = figure.data
+    np.testing.assert_array_equal(map_.z, values.values)
+    assert list(map_.y) == [4, 7] and list(map_.x) == [0, 1, 2] and (map_.zmin, map_.zmax) == (0, 1)
+    assert map_.colorbar.title.text == "recall weight" and figure.layout.title.text == "Recall weight"
+    assert (figure.layout.yaxis.title.text, figure.layout.xaxis.title.text) == ("segment [segments]", "source")
+    assert figure.layout.yaxis.autorange == "reversed"
+    assert plots.heat(values.T).data[0].zmax is None
+    with pytest.raises(ValueError, match=r"values: expected two dims, got \['source'\]"):
+        plots.heat(values[0])

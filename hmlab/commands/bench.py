@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,8 +49,10 @@ def bench(
         growth = [one._asdict() for one in growth]
         print_json({"machine": dataset.attrs, "rows": rows, "crossovers": crossings, "exponents": growth})
         return
+    columns = ["case", "candidate", "median ms", "quartiles ms", "x floor", "x first", "A/A noise", "peak memory",
+               "of tensors", "J/token"]  # fmt: skip
     print_table(
-        ["case", "candidate", "median ms", "quartiles ms", "x floor", "x first", "A/A noise", "peak memory", "J/token"],
+        columns,
         [
             (
                 row["case"],
@@ -59,7 +62,7 @@ def bench(
                 row["times_floor"],
                 row["times_first"],
                 row["noise"],
-                size(row["peak_bytes"]) if row["peak_bytes"] == row["peak_bytes"] else None,
+                *(size(row[name]) if row[name] == row[name] else None for name in ("peak_bytes", "tensor_bytes")),
                 row["joules_per_token"] if row["joules_per_token"] == row["joules_per_token"] else None,
             )
             for row in rows
@@ -84,6 +87,7 @@ def _rows(dataset: Any) -> list[dict[str, Any]]:
             numbers = measured.sel(candidate=candidate)
             row = {"case": str(case), "candidate": str(candidate)}
             row |= {name: float(numbers[name]) for name in _NUMBERS}
+            row["tensor_bytes"] = float(numbers.get("tensor_bytes", math.nan))
             row["times_floor"] = row["median"] / row["floor"]
             row["times_first"] = row["median"] / float(measured["median"][0])
             rows.append(row)

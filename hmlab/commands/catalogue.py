@@ -23,11 +23,12 @@ WRAPPERS = {
 
 
 def list_all(json: Json = False) -> None:
-    """Memories, wrappers, presets, corpora, notebooks, checkpoints and dashboards."""
+    """Memories, wrappers, presets, tasks, corpora, notebooks, checkpoints and dashboards."""
     everything = {
         "memories": _memories(),
         "wrappers": [{"name": name, "about": about} for name, about in WRAPPERS.items()],
         "presets": _presets(),
+        "tasks": _tasks(),
         "corpora": rows_of_corpora(),
         "notebooks": _notebooks(),
         "checkpoints": _checkpoints(),
@@ -151,6 +152,12 @@ def _presets() -> list[dict]:
     from hmlab import registry
 
     return [{"name": name, "about": preset.summary} for name, preset in registry.PRESETS.items()]
+
+
+def _tasks() -> list[dict]:
+    from hmlab import tasks
+
+    return [{"name": name, "about": tasks.summary(name)} for name in tasks.names()]
 
 
 def _notebooks() -> list[dict]:

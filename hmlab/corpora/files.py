@@ -108,9 +108,11 @@ def _complete(target: Path) -> Iterator[BinaryIO]:
 
 
 def _content(file: File, folder: Path, progress: Progress | None) -> Iterator[bytes]:
-    """The file's bytes from its address; a plain file that is too long is followed for one byte too many."""
+    """The file's bytes from its address, unpacked if that ends in .gz; one too many of a file that is too long."""
     if file.member is None:
-        yield from _first(file.bytes + 1, _received(file, progress))
+        blocks = _received(file, progress)
+        packed = file.url.endswith(".gz") and not file.path.endswith(".gz")
+        yield from _first(file.bytes + 1, _unpacked(blocks) if packed else blocks)
         return
     with tempfile.TemporaryFile(dir=folder) as archive:
         for block in _received(file, progress):
@@ -120,6 +122,14 @@ def _content(file: File, folder: Path, progress: Progress | None) -> Iterator[by
                 raise zipfile.BadZipFile(f"the archive has no member {file.member!r}")
             with opened.open(file.member) as member:
                 yield from _first(file.bytes, iter(lambda: member.read(BLOCK), b""))
+
+
+def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    gzip_format = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    for block in blocks:
+        while block:
+            yield gzip_format.decompress(block, BLOCK)
+            block = gzip_format.unconsumed_tail
 
 
 def _first(count: int, blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -18,10 +18,12 @@ Finished trainings are kept in a folder; interrupted, the command goes on with w
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from torch import Tensor
 from hmlab import atomic
 from hmlab import model as models
 from hmlab.experiments.apparatus import conduct, parser, slug
-from hmlab.provenance import checkout
+from hmlab.provenance import checkout, provenance
 from hmlab.tasks import language
 from hmlab.wrappers.hmt import HMT
 from hmlab.wrappers.hmt.evaluation import losses
@@ -95,11 +97,11 @@ class Setting:
         backbone = LlamaForCausalLM(LlamaConfig(
             vocab_size=self.vocab, hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, num_key_value_heads=self.heads, intermediate_size=8 * self.width // 3,
-            max_position_embeddings=4 * self.segment, tie_word_embeddings=True,
+            max_position_embeddings=4 * self.segment, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         ))  # fmt: skip
         return HMT(backbone, config)
 
-    def schedule(self, variant: str) -> list[Stage]:
+    def schedule(self) -> list[Stage]:
         """The stages behind the single segments."""
         fields: dict[str, Any] = {"segments": self.segments, "batch": self.batch, "warmup": min(20, *self.stages),
                                   "learning_rate": self.learning_rate}  # fmt: skip
@@ -109,18 +111,26 @@ class Setting:
 
 def trained(setting: Setting, variant: str, seed: int, tokens: dict[str, Tensor], folder: Path, say: Any) -> HMT:
     """The variant after all stages; what the folder holds of that is not done again."""
-    torch.manual_seed(seed)
-    alone = setting.build("segment")
+
+    def fresh(name: str) -> HMT:
+        torch.manual_seed(seed)
+        return setting.build(name)
+
+    hmt, alone = fresh(variant), fresh("segment")
     steps, rows = setting.alone
     single = Stage(segments=1, steps=steps, batch=rows, warmup=min(50, steps), learning_rate=setting.learning_rate)
     _teach(alone, tokens, [single], seed, folder / f"alone-{seed}", f"single segments, seed {seed}", say)
-    torch.manual_seed(seed)
-    hmt = setting.build(variant)
     hmt.backbone.load_state_dict(alone.backbone.state_dict())
     again = 500 if variant == "segment again" else 0
-    _teach(hmt, tokens, setting.schedule(variant), 10_000 + seed + again, folder / f"{slug(variant)}-{seed}",
+    _teach(hmt, tokens, setting.schedule(), 10_000 + seed + again, folder / f"{slug(variant)}-{seed}",
            f"{variant}, seed {seed}", say)  # fmt: skip
     return hmt.eval()
+
+
+@cache
+def begun_at() -> str | None:
+    """The commit of the code that this process runs; the checkout may move on while it trains."""
+    return checkout()[0]
 
 
 def _teach(hmt: HMT, tokens: dict[str, Tensor], stages: list[Stage], seed: int, folder: Path, what: str, say: Any
@@ -131,7 +141,7 @@ def _teach(hmt: HMT, tokens: dict[str, Tensor], stages: list[Stage], seed: int, 
             say(f"{what}: step {metrics.step}, {metrics.loss:.3f} nats, {metrics.tokens_per_second:.0f} tokens/s")
     kept = folder / "cost.json"
     if not kept.exists():
-        cost = {"cpu_seconds": time.process_time() - begun, "commit": checkout()[0]}
+        cost = {"cpu_seconds": time.process_time() - begun, "commit": begun_at()}
         atomic.write_bytes(kept, json.dumps(cost).encode())
 
 
@@ -141,10 +151,9 @@ def streams(tokens: Int[Tensor, "time"], count: int, length: int) -> Int[Tensor,
     return torch.stack([tokens[start : start + length + 1] for start in starts.tolist()]).long()
 
 
-def held_out(setting: Setting, tokens: dict[str, Tensor]) -> Int[Tensor, "streams read"]:
-    """What the variants are measured on: of the validation and of the test text equally many streams."""
-    length = (HISTORY[-1] + 1) * setting.segment
-    return torch.cat([streams(tokens[split], setting.streams, length) for split in ("valid", "test")])
+def held_out(tokens: dict[str, Tensor], count: int, length: int) -> Int[Tensor, "streams read"]:
+    """Of the validation and of the test text equally many streams."""
+    return torch.cat([streams(tokens[split], count, length) for split in ("valid", "test")])
 
 
 def places(hmt: HMT) -> dict[str, slice]:
@@ -173,18 +182,21 @@ def run(setting: Setting, readings: Sequence[str], seeds: Sequence[int], folder:
     """Train and measure what the folder does not hold yet; a Dataset of (reading, seed, places, history)."""
     import xarray as xr
 
-    data = language.Config(corpus=setting.corpus, encoding="bpe", vocab_size=setting.vocab, batch=1, context=64).open()
+    data = opened(setting)
     folder.mkdir(parents=True, exist_ok=True)
-    text, rows, commits = held_out(setting, data.tokens), {}, set()
+    begun_at()
+    text = held_out(data.tokens, setting.streams, (HISTORY[-1] + 1) * setting.segment)
+    rows, commits = {}, set()
     for seed in seeds:
         for name in readings:
             variant, query = READINGS[name]
-            kept, here = folder / f"{slug(name)}-{seed}.json", folder / f"{slug(variant)}-{seed}"
+            kept = folder / f"{slug(name)}-{seed}.json"
             if not kept.exists():
                 hmt = trained(setting, variant, seed, data.tokens, folder, say)
                 atomic.write_bytes(kept, json.dumps(measured(setting, hmt, query, text)).encode())
             rows[name, seed] = row = json.loads(kept.read_text())
-            costs = [json.loads((path / "cost.json").read_text()) for path in (folder / f"alone-{seed}", here)]
+            parts = (folder / f"{part}-{seed}" / "cost.json" for part in ("alone", slug(variant)))
+            costs = [json.loads(part.read_text()) for part in parts]
             commits |= {str(cost["commit"]) for cost in costs}
             row["cpu_seconds"] = costs[1]["cpu_seconds"]
             say(f"{name}, seed {seed}: {row['nats']['all'][-1]:.4f} nats per token behind the first segment")
@@ -241,13 +253,55 @@ def told(dataset: Any, say: Any) -> Any:
     return dataset
 
 
+def export(setting: Setting, seed: int, folder: Path, target: Path, say: Any = print) -> None:
+    """Write both HMTs of a seed with `save_pretrained`, and beside them the encoding and where they come from.
+
+    `HMT.from_pretrained(target / "previous")` reads one back, `hmlab.encodings.from_json` what is in `encoding.json`.
+    """
+    data = opened(setting)
+    target.mkdir(parents=True, exist_ok=True)
+    for query in ("previous", "prefix"):
+        variant = f"hmt {query}"
+        trained(setting, variant, seed, data.tokens, folder, say).save_pretrained(target / query, include_backbone=True)
+    cost = json.loads((folder / f"hmt-previous-{seed}" / "cost.json").read_text())
+    origin = provenance(torch.device("cpu")) | {"setting": asdict(setting), "seed": seed, "trained_at": cost["commit"],
+                                                "corpus": data.provenance()}  # fmt: skip
+    atomic.write_bytes(target / "encoding.json", data.encoding.to_json().encode())
+    atomic.write_bytes(target / "provenance.json", (json.dumps(origin, indent=1) + "\n").encode())
+
+
+def opened(setting: Setting) -> language.LanguageData:
+    """The text, in byte pairs of its training part."""
+    return language.Config(corpus=setting.corpus, encoding="bpe", vocab_size=setting.vocab, batch=1, context=64).open()
+
+
+def command_line(question: str, names: Sequence[str]) -> argparse.ArgumentParser:
+    """Options of the experiments on these trainings; `chosen` makes a setting of what is given."""
+    options = parser(question, list(names), "hmt_text")
+    options.add_argument("--corpus", default=Setting.corpus)
+    options.add_argument("--steps", nargs=2, type=int, default=Setting.stages, metavar=("WITHOUT", "WITH"),
+                         help="on windows of several segments, without and with recall")  # fmt: skip
+    return options
+
+
+def chosen(given: argparse.Namespace) -> Setting:
+    return replace(Setting(), corpus=given.corpus, stages=tuple(given.steps))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.hmt_text`; Ctrl-C ends it, and the same command goes on."""
-    options = parser(__doc__, list(READINGS), "hmt_text")
-    options.add_argument("--corpus", default=Setting.corpus)
+    options = command_line(__doc__, list(READINGS))
+    options.add_argument("--checkpoints", type=Path, help="both HMTs of the first seed are written there")
     given = options.parse_args(arguments)
-    setting = replace(Setting(), corpus=given.corpus)
-    return conduct(lambda say: told(run(setting, given.memories, given.seeds, given.folder, say), say), given.output)
+    setting = chosen(given)
+
+    def all_of_it(say: Any) -> Any:
+        dataset = told(run(setting, given.memories, given.seeds, given.folder, say), say)
+        if given.checkpoints is not None:
+            export(setting, given.seeds[0], given.folder, given.checkpoints, say)
+        return dataset
+
+    return conduct(all_of_it, given.output)
 
 
 if __name__ == "__main__":

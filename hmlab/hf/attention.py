@@ -1,10 +1,13 @@
-"""What transformers calls in an attached model: attention, its mask, and the hooks that bring them what they need.
+"""What transformers calls in an attached model: attention, and the hooks that bring it what it needs.
 
 transformers gives an attention function rotated queries and keys, and neither the cache nor the token ids. So
 
-- a hook on the model's rotary embedding hands its layers cos = 1 and sin = 0. They compute q and k as ever, with their
-  own projections, norms and biases, and leave them unrotated, to the bit; the hierarchy rotates what it reads.
-- a hook before the decoder makes the cache ours and adds one argument, a `Call`, which the layers pass on.
+- a hook before the decoder makes the cache ours, where a layer is, and adds one argument, a `Call`, which the layers
+  pass on.
+- a hook before each attention with a hierarchy hands it cos = 1 and sin = 0. It computes q and k as ever, with its own
+  projections, norms and biases, and leaves them unrotated, to the bit; the hierarchy rotates what it reads. A
+  configuration of its own, a copy, names our attention function.
+- a hook before each attention that stays takes the `Call` away, and nothing else: model, mask and rotation are its own.
 
 Rotation by position p (Su et al. 2021, RoFormer, in the halves' order of Llama), over the first 2F channels:
 
@@ -17,6 +20,7 @@ Errors: `ValueError` naming the argument that cannot be served.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -26,19 +30,21 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
-from hmlab.hf.cache import adopt
+from hmlab.hf.cache import HierarchyLayer, adopt
 from hmlab.memory import document_positions
 
 NAME = "hmlab-harmony"
 
 
 class Call(NamedTuple):
-    """What the hierarchies must know of a call of the model. Of what is None there is none."""
+    """What the hierarchies must know of a call of the model. Of what is None there is none. valid: which of the new
+    tokens are not padding; None if all are."""
 
     cache: Cache | None
+    valid: Bool[Tensor, "batch time"] | None
     tokens: Int[Tensor, "batch time"] | None
     reset: Bool[Tensor, "batch time"] | None
     rotate: Callable | None
@@ -49,38 +55,35 @@ def attention(
     query: Float[Tensor, "batch heads time head_dim"],
     key: Float[Tensor, "batch kv_heads time head_dim"],
     value: Float[Tensor, "batch kv_heads time head_dim"],
-    attention_mask: Bool[Tensor, "batch time"] | None,
+    attention_mask: Any,
     scaling: float,
     dropout: float = 0.0,
     *,
     harmony: Call,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch time heads head_dim"], None]:
-    """Registered as `AttentionInterface`. query, key: unrotated, of the new tokens, as are values and the mask."""
-    if dropout:
-        raise ValueError(f"attention_dropout: expected 0, a hierarchy has no attention weights to drop, got {dropout}")
+    """Registered as `AttentionInterface`. query, key: unrotated, of the new tokens, as are values. attention_mask: of
+    the layers that attend to all of the past, not looked at."""
+    check_dropout(dropout)
     q, k, v = (rearrange(x, "batch heads time dim -> batch time heads dim") for x in (query * scaling, key, value))
     layer = None if harmony.cache is None else harmony.cache.layers[module.layer_idx]
     out, state = module.hierarchy(q, k, v, None if layer is None else layer.state, tokens=harmony.tokens,
-                                  reset=harmony.reset, valid=attention_mask, rotate=harmony.rotate)  # fmt: skip
+                                  reset=harmony.reset, valid=harmony.valid, rotate=harmony.rotate)  # fmt: skip
     if layer is not None:
         layer.state = state
     return out, None
 
 
-def mask(*, q_length: int, q_offset: int = 0, attention_mask: Bool[Tensor, "batch all"] | None = None, **kwargs: Any
-         ) -> Bool[Tensor, "batch time"] | None:
-    """Registered as `AttentionMaskInterface`: which of the new tokens are not padding; None if all are."""
-    if attention_mask is None:
-        return None
-    valid = attention_mask[:, q_offset : q_offset + q_length]
-    return None if valid.all() else valid
+def check_dropout(dropout: float) -> None:
+    """Refuse attention dropout."""
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0, a hierarchy has no attention weights to drop, got {dropout}")
 
 
-def register() -> None:
-    """Make both known to transformers. Without a registered mask an attention function would get None for padding."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+def own_implementation(module: nn.Module, name: str) -> None:
+    """Let one attention module call the attention that is registered under a name, by a configuration of its own."""
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation = name
 
 
 def rotate(rotary: nn.Module, x: Float[Tensor, "batch n heads head_dim"], position: Float[Tensor, "batch n #heads"]
@@ -93,10 +96,17 @@ def rotate(rotary: nn.Module, x: Float[Tensor, "batch n heads head_dim"], positi
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
-def leave_unrotated(rotary: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Forward hook of the rotary embedding: rotation by nothing."""
-    cos, sin = output
-    return torch.ones_like(cos), torch.zeros_like(sin)
+def leave_unrotated(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of an attention with a hierarchy: rotation by nothing."""
+    if kwargs.get("position_embeddings") is None:  # a family whose positions are in its embeddings
+        return args, kwargs
+    cos, sin = kwargs["position_embeddings"]
+    return args, kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
+def leave_alone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of an attention that stays: it is called as it would be without hierarchies elsewhere."""
+    return args, {name: value for name, value in kwargs.items() if name != "harmony"}
 
 
 def prepare(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -120,13 +130,16 @@ def prepare(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     rotary, reset = getattr(decoder, "rotary_emb", None), None
     if rotary is not None:
         if kwargs.get("position_ids") is not None:
-            reset = _documents(kwargs["position_ids"].expand(len(x), -1), attention_mask, seen)
+            reset = documents(kwargs["position_ids"].expand(len(x), -1), attention_mask, seen)
         elif attention_mask is not None:
             _check_padding(attention_mask.bool())
     for layer in cache.layers if cache is not None else ():
-        layer.announce(time)
+        if isinstance(layer, HierarchyLayer):
+            layer.announce(time)
+    valid = None if attention_mask is None else attention_mask[:, seen:].to(x.device, torch.bool)
+    valid = None if valid is None or valid.all() else valid
     turn = None if rotary is None else functools.partial(rotate, rotary)
-    return (), kwargs | {"past_key_values": cache, "harmony": Call(cache, tokens, reset, turn)}
+    return (), kwargs | {"past_key_values": cache, "harmony": Call(cache, valid, tokens, reset, turn)}
 
 
 def _cache(decoder: nn.Module, kwargs: dict[str, Any]) -> Cache | None:
@@ -139,7 +152,8 @@ def _cache(decoder: nn.Module, kwargs: dict[str, Any]) -> Cache | None:
         return None
     if cache is None and (decoder.config.use_cache if use is None else use):
         cache = DynamicCache()
-    return None if cache is None else adopt(cache, len(decoder.layers))
+    chosen = decoder._hmlab_attachment.layers
+    return None if cache is None else adopt(cache, [number in chosen for number in range(len(decoder.layers))])
 
 
 def _check_padding(valid: Bool[Tensor, "batch all"]) -> None:
@@ -149,7 +163,7 @@ def _check_padding(valid: Bool[Tensor, "batch all"]) -> None:
                          "(with position_ids that do not count it, it may be there)")  # fmt: skip
 
 
-def _documents(position: Int[Tensor, "batch time"], attention_mask: Tensor | None, seen: int
+def documents(position: Int[Tensor, "batch time"], attention_mask: Tensor | None, seen: int
                ) -> Bool[Tensor, "batch time"] | None:
     """Where documents begin behind others in a packed row: where the position is 0 again; None if nowhere.
 
@@ -170,3 +184,6 @@ def _documents(position: Int[Tensor, "batch time"], attention_mask: Tensor | Non
 @functools.cache
 def _parameters(decoder: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,13 +1,14 @@
-"""The cache of `generate()` for a model whose attention is a hierarchy: each layer holds the hierarchy's state.
+"""The cache of `generate()` for a model with hierarchies: their layers hold a state, the others keys and values.
 
 A `transformers.DynamicCache` is a list of layers. An empty one, which `generate()`, the model or the user has made, is
-given layers of ours, so whoever holds it goes on holding the right thing.
+given layers of ours where the model has hierarchies, so whoever holds it goes on holding the right thing.
 Errors: `ValueError` for a cache that cannot be served, a past that is to be taken back, and a cache that is used
 without the hierarchy that filled it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from hmlab import memory
 
@@ -37,7 +38,11 @@ class HierarchyLayer(CacheLayerMixin):
     def update(self, key_states: Float[Tensor, "batch heads time dim"],
                value_states: Float[Tensor, "batch heads time dim"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Counts the new tokens and hands their keys and values back alone; the past is in the state."""
-        tokens = key_states.shape[-2]
+        self.read(key_states.shape[-2])
+        return key_states, value_states
+
+    def read(self, tokens: int) -> None:
+        """Counts the new tokens."""
         if tokens != self._announced:
             # Plain attention would take the new tokens for all there are.
             raise ValueError("past_key_values: this cache was filled by a hierarchy and is of no use without one "
@@ -45,7 +50,6 @@ class HierarchyLayer(CacheLayerMixin):
         self._announced = 0
         self._tokens += tokens
         self.is_initialized = True
-        return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the hierarchy makes its state in the first call."""
@@ -82,16 +86,20 @@ class HierarchyLayer(CacheLayerMixin):
                              f"got {tokens_to_remove}")  # fmt: skip
 
 
-def adopt(cache: Cache, layers: int) -> Cache:
-    """The same cache, its layers made ours if it is empty. Raises ValueError if it is of another kind."""
+def adopt(cache: Cache, ours: Sequence[bool]) -> Cache:
+    """The same cache, its layers made ours where said if it is empty. Raises ValueError if it is of another kind."""
     expected = "past_key_values: expected a DynamicCache, empty or filled by the model with its hierarchies, got"
     if type(cache) is not DynamicCache:
         raise ValueError(f"{expected} {type(cache).__name__}")
-    if cache.layers and all(isinstance(layer, HierarchyLayer) for layer in cache.layers):
-        if len(cache) != layers:
-            raise ValueError(f"past_key_values: expected {layers} layers, as the model has, got {len(cache)}")
+    if any(isinstance(layer, HierarchyLayer) for layer in cache.layers):
+        if len(cache) != len(ours):
+            raise ValueError(f"past_key_values: expected {len(ours)} layers, as the model has, got {len(cache)}")
+        if [type(layer) is HierarchyLayer for layer in cache.layers] != list(ours):
+            raise ValueError(f"{expected} one with hierarchies in other layers")
+        if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+            raise ValueError(f"{expected} one whose layers have read unlike numbers of tokens")
         return cache
     if cache.get_seq_length() or cache.offloading:
         raise ValueError(f"{expected} one with {'offloading' if cache.offloading else 'keys and values'}")
-    cache.layers, cache.layer_class_to_replicate = [HierarchyLayer() for _ in range(layers)], None
+    cache.layers, cache.layer_class_to_replicate = [HierarchyLayer() if own else DynamicLayer() for own in ours], None
     return cache

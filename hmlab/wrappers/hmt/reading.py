@@ -73,6 +73,8 @@ def read(hmt: HMT, ids: Int[Tensor, "batch time"], path: str | Path | None = Non
                     keep()
                     last = time.monotonic()
         finally:
+            # In a notebook a bar is not drawn once more where it ends.
+            bar.refresh()
             hmt.train(training)
             keep()
     predicted = max(ids.shape[0] * (ids.shape[1] - 1), 1)

@@ -1,0 +1,113 @@
+"""Nested brackets: an unfinished text of brackets of several kinds is closed, the innermost first.
+
+    data = Config(context=64, kinds=4, depth=(1, 8)).open()
+
+    [ ( ) { [ ] | } ]          | the mark after which what is still open is closed: the answers
+
+How many stay open, d, is uniform over `depth`; which tokens of the text open and which close is uniform among all ways
+that end d deep and never go above the most of `depth`. Kinds are uniform and
+independent. Every token after the mark is an answer, and `oracle` holds the place of the bracket that it closes, whose
+kind no other place tells. Rows are padded by one token where the
+lengths ask for it.
+
+Source: the Dyck languages D(k, m) of Hewitt et al. 2020, RNNs can generate bounded hierarchical languages with optimal
+memory (arXiv 2010.07515). Deviation: there a closing bracket may be followed by an opening one, so it is judged among
+closing ones alone; here all that is asked is determined.
+
+Chance is 1 / `kinds`. Slices: `depth`. Units: tokens. Errors: ValueError naming the field or argument.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from hmlab.layers import check_positive
+from hmlab.tasks.streams import Stream, WrittenStreams
+
+MARK, FIRST = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """batch: streams in a batch. context: tokens in a stream. kinds: of brackets. depth: least and most brackets left
+    open; the most is that of the whole text."""
+
+    batch: int = 16
+    context: int = 64
+    kinds: int = 4
+    depth: tuple[int, int] = (1, 8)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch", "context", "kinds")
+        if not 1 <= self.depth[0] <= self.depth[1]:
+            raise ValueError(f"depth: expected least and most, 1 <= least <= most, got {self.depth}")
+        if self.context < 2 * self.depth[1]:
+            raise ValueError(f"context: expected at least twice the most depth ({2 * self.depth[1]}), "
+                             f"got {self.context}")  # fmt: skip
+
+    @property
+    def vocab_size(self) -> int:
+        """The mark, opening brackets, closing ones."""
+        return FIRST + 2 * self.kinds
+
+    @property
+    def chance(self) -> float:
+        """Share of right answers of who names any closing bracket."""
+        return 1 / self.kinds
+
+    def open(self) -> BracketsData:
+        return BracketsData(self)
+
+
+@dataclass(frozen=True, eq=False)
+class BracketsData(WrittenStreams):
+    """Streams to draw; splits differ in nothing but their draws."""
+
+    config: Config
+
+    def stream(self, source: random.Random) -> Stream:
+        config, stream, opened = self.config, Stream(), []
+        depth = source.randint(*config.depth)
+        left = config.context - depth  # tokens before the mark
+        left -= (left - depth) % 2
+        while left:
+            left -= 1
+            # In proportion to the ways to go on after opening and after closing: the walk is uniform among all.
+            up, down = (self._ways(len(opened) + step, left, depth) for step in (1, -1))
+            if source.random() * (up + down) < up:
+                kind = source.randrange(config.kinds)
+                opened.append((kind, stream.say(FIRST + kind)))
+            else:
+                kind, _ = opened.pop()
+                stream.say(FIRST + config.kinds + kind)
+        stream.say(MARK)
+        for kind, place in reversed(opened):
+            stream.ask(FIRST + config.kinds + kind, place)
+        stream.labels = {"depth": depth}
+        return stream
+
+    def answer(self, last: Int64[Tensor, "answers"], read: Int64[Tensor, "answers reads"]
+               ) -> Int64[Tensor, "answers"]:
+        return read[:, 0] + self.config.kinds
+
+    def _ways(self, height: int, left: int, end: int) -> float:
+        """Walks of `left` steps from `height` to `end` that stay between 0 and the most depth, as a share of those from
+        all heights."""
+        if not 0 <= height <= self.config.depth[1]:
+            return 0.0
+        walks = self._walks.setdefault(end, [[float(h == end) for h in range(self.config.depth[1] + 1)]])
+        while len(walks) <= left:
+            before = [0.0, *walks[-1], 0.0]
+            ways = [before[h] + before[h + 2] for h in range(self.config.depth[1] + 1)]
+            walks.append([way / sum(ways) for way in ways])
+        return walks[left][height]
+
+    @cached_property
+    def _walks(self) -> dict[int, list[list[float]]]:
+        """By end: for each number of steps left, the share of walks from each height."""
+        return {}
