@@ -239,8 +239,8 @@ def test_latency_is_measured_where_it_can_be(tmp_path):
     assert (there > 0).all() and found["median"].sel(place="host").isnull().all()
     assert found.attrs["not_measured"] == ["host"]
     assert ((found["low"] <= found["median"]) | found["median"].isnull()).all()
-    assert (found["bytes"].sel(width=16, memories=40, place="device") == 2 * 40 * 16 * 4).all()
-    narrow = hmt_latency.latency(replace(LATENCY, largest=2 * 40 * 8 * 4, stored=0), quiet, "cpu")
+    assert (found["bytes"].sel(width=16, memories=40, place="device") == 4 * 16 * (16 + 80)).all()
+    narrow = hmt_latency.latency(replace(LATENCY, largest=4 * 8 * (8 + 80), stored=0), quiet, "cpu")
     assert narrow["median"].sel(width=16, memories=40).isnull().all()
     assert narrow["median"].sel(place="store").isnull().all()
     results.save("table", found, {"made": "here"}, folder=tmp_path)

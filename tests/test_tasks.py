@@ -460,7 +460,10 @@ def test_the_match_is_linked_and_the_lure_is_not():
             beside = set().union(*(pair for pair in linked if pair & reached))
             reached, before = beside - reached - before, before | reached
         match, lure = (first, second) if answer == 5 else (second, first)
-        assert match in reached and lure not in reached and len(linked) == 9
+        line = before | reached
+        for _ in range(3 - hops):
+            line |= set().union(*(pair for pair in linked if pair & line))
+        assert match in reached and len(line) == 4 and lure not in line and len(linked) == 9
         assert hops == 1 or frozenset((cue, match)) not in linked
     assert set(batch.slices["hops"].tolist()) == {1, 2, 3}
     with pytest.raises(ValueError, match="length: expected at least 2, got 1"):

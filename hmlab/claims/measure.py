@@ -197,14 +197,14 @@ def _rows(query: schema.Rows, tables: Tables) -> Sample:
     values = {}
     for seed, of_seed in rows.groupby(query.seeds) if query.seeds else [("", rows)]:
         groups = [group for _, group in of_seed.groupby(query.by)] if query.by else [of_seed]
-        values[str(seed)] = float(np.mean([_reduced(group, query) for group in groups]))
+        values[str(seed)] = float(np.mean([float(_reduced(group, query)) for group in groups]))
     noise = 0.0
     if query.noise:
         noise = float((rows[query.noise] * rows[query.column].abs()).max())
     return Sample(values=values, noise=0.0 if np.isnan(noise) else noise)
 
 
-def _reduced(rows: pd.DataFrame, query: schema.Rows) -> float:
+def _reduced(rows: pd.DataFrame, query: schema.Rows) -> np.generic:
     column = rows[query.column]
     match query.reduce:
         case "only":
@@ -223,7 +223,7 @@ def _reduced(rows: pd.DataFrame, query: schema.Rows) -> float:
     ordered = rows.sort_values(query.along)
     if not ordered[query.along].min() <= query.at <= ordered[query.along].max():
         raise Missing(f"{query.result}: {query.along} does not reach {query.at}")
-    return np.interp(query.at, ordered[query.along], ordered[query.column])
+    return np.float64(np.interp(query.at, ordered[query.along], ordered[query.column]))
 
 
 def _exponent(rows: pd.DataFrame, query: schema.Rows) -> Sample:

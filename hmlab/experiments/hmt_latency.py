@@ -14,8 +14,9 @@ and its keys lie
                   softmax and sum are over those
 
 Places take turns, repeat after repeat, on one query; dropping pages and mapping the file again is not timed. `floor` is
-the bytes of keys and memories over the measured bandwidth of a copy. `noise` is by what share the medians of even and
-odd repeats differ; on a machine that others use, `least` says more.
+the bytes of W_q, keys and memories over the measured bandwidth of a copy. `noise` is by what share the medians of even
+and odd repeats differ. On a machine that others use, `least` and `cpu_seconds`, the median of the process's own time
+(which waits for no disk), say more.
 
 `read`: random tokens through a one-layer Llama with random weights in segments of 333 tokens. What it answers is noise;
 its time and memory are not. `resident_bytes` is the process's at that moment, `peak_bytes` its highest so far. What is
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,9 +54,9 @@ NEAREST = 32  # memories that the store returns
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """widths, memories: of the caches that are timed, those of at most `largest` bytes, in the store `stored`. repeats:
-    of each, fewer (but `least`) where all together take longer than `seconds`. tokens, cache_sizes: of what is read;
-    measured every `every` tokens."""
+    """widths, memories: of the caches that are timed, where a call moves at most `largest` bytes, in the store `stored`.
+    repeats: of each, fewer (but `least`) where all together take longer than `seconds`. tokens, cache_sizes: of what is
+    read; measured every `every` tokens."""
 
     widths: tuple[int, ...] = (64, 1024, 4096)
     memories: tuple[int, ...] = (10, 100, 1000, 10_000, 100_000)
@@ -170,6 +172,7 @@ def _stored(stack: ExitStack, folder: Path, recall: Recall, summary: Tensor, cac
 def timed(found: dict[str, Place], setting: Setting, device: str) -> dict[str, dict[str, float]]:
     """Median, quartiles, least, noise and bytes read from the disk of a call of each, taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in found}
+    worked: dict[str, list[float]] = {name: [] for name in found}
     disk = dict.fromkeys(found, 0)
     began = time.perf_counter()
     for place in found.values():
@@ -179,8 +182,9 @@ def timed(found: dict[str, Place], setting: Setting, device: str) -> dict[str, d
             break
         for name, place in found.items():
             place.before()
-            before = disk_bytes_read()
+            before, own = disk_bytes_read(), time.process_time()
             taken[name].append(_machine.seconds(place.call, device))
+            worked[name].append(time.process_time() - own)
             disk[name] += disk_bytes_read() - before
     rows = {}
     for name, times in taken.items():
@@ -188,6 +192,7 @@ def timed(found: dict[str, Place], setting: Setting, device: str) -> dict[str, d
         low, median, high = every.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         rows[name] = {"median": median, "low": low, "high": high, "least": min(times), "repeats": len(times),
                       "noise": abs(float(every[::2].median() / every[1::2].median()) - 1),
+                      "cpu_seconds": statistics.median(worked[name]),
                       "disk_bytes": disk[name] / len(times)}  # fmt: skip
     return rows
 
@@ -198,13 +203,13 @@ def latency(setting: Setting, say: Any = print, device: str | None = None) -> An
     import xarray as xr
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    columns = ("median", "low", "high", "least", "repeats", "noise", "disk_bytes", "bytes", "floor")
+    columns = ("median", "low", "high", "least", "cpu_seconds", "repeats", "noise", "disk_bytes", "bytes", "floor")
     shape = (len(setting.widths), len(setting.memories), len(PLACES))
     table, bandwidth = {name: np.full(shape, np.nan) for name in columns}, _machine.copy_bandwidth(device)
     for w, width in enumerate(setting.widths):
         recall = Recall(width, width, key_norm=True, each=False).eval()
         for m, count in enumerate(setting.memories):
-            moved = 2 * count * width * 4  # keys and memories, each once
+            moved = 4 * width * (width + 2 * count)  # W_q, keys and memories, each once
             if moved > setting.largest:
                 continue
             torch.manual_seed(0)
@@ -221,7 +226,7 @@ def latency(setting: Setting, say: Any = print, device: str | None = None) -> An
     dataset = xr.Dataset({name: (dims, values) for name, values in table.items()},
                          {"width": list(setting.widths), "memories": list(setting.memories),
                           "place": list(PLACES)})  # fmt: skip
-    for name in ("median", "low", "high", "least", "floor"):
+    for name in ("median", "low", "high", "least", "cpu_seconds", "floor"):
         dataset[name].attrs["units"] = "s"
     for name in ("bytes", "disk_bytes"):
         dataset[name].attrs["units"] = "bytes"

@@ -75,10 +75,11 @@ class BracketsData(WrittenStreams):
         depth = source.randint(*config.depth)
         left = config.context - depth  # tokens before the mark
         left -= (left - depth) % 2
+        walks = self._walks(depth, left)
         while left:
             left -= 1
             # In proportion to the ways to go on after opening and after closing: the walk is uniform among all.
-            up, down = (self._ways(len(opened) + step, left, depth) for step in (1, -1))
+            up, down = walks[left][len(opened) + 2], walks[left][len(opened)]
             if source.random() * (up + down) < up:
                 kind = source.randrange(config.kinds)
                 opened.append((kind, stream.say(FIRST + kind)))
@@ -95,19 +96,18 @@ class BracketsData(WrittenStreams):
                ) -> Int64[Tensor, "answers"]:
         return read[:, 0] + self.config.kinds
 
-    def _ways(self, height: int, left: int, end: int) -> float:
-        """Walks of `left` steps from `height` to `end` that stay between 0 and the most depth, as a share of those from
-        all heights."""
-        if not 0 <= height <= self.config.depth[1]:
-            return 0.0
-        walks = self._walks.setdefault(end, [[float(h == end) for h in range(self.config.depth[1] + 1)]])
-        while len(walks) <= left:
-            before = [0.0, *walks[-1], 0.0]
-            ways = [before[h] + before[h + 2] for h in range(self.config.depth[1] + 1)]
-            walks.append([way / sum(ways) for way in ways])
-        return walks[left][height]
+    def _walks(self, end: int, steps: int) -> list[list[float]]:
+        """For each number of steps left, up to `steps`: of the walks to height `end` that stay between 0 and the most
+        depth, the share that begins at each height, from -1 (none) to one above the most (none)."""
+        walks = self._known.setdefault(end, [])
+        if not walks:
+            walks.append([float(height == end) for height in range(-1, self.config.depth[1] + 2)])
+        while len(walks) <= steps:
+            ways = [before + after for before, after in zip(walks[-1], walks[-1][2:], strict=False)]
+            walks.append([0.0, *(way / sum(ways) for way in ways), 0.0])
+        return walks
 
     @cached_property
-    def _walks(self) -> dict[int, list[list[float]]]:
-        """By end: for each number of steps left, the share of walks from each height."""
+    def _known(self) -> dict[int, list[list[float]]]:
+        """Walks by their end, kept for the next stream."""
         return {}
