@@ -120,7 +120,7 @@ def test_what_is_run_smaller_never_says_reproduced_alone(verdicts):
 
 def test_registered_verdicts_follow_from_the_stored_results(verdicts):
     history = History()
-    assert history.entries, "nothing is registered"
+    assert {held["claim"] for held in history.entries} >= {claim.id for claim in ENTRIES if claim.paper != "control"}
     assert drift(ENTRIES, verdicts, history) == []
 
 
@@ -325,6 +325,26 @@ def test_a_moved_region_shows(registered, tables):
     moved = [entry(id="L1", accept={"high": 0.1}, test=[{"quantity": less("ours", "theirs")}]), *entries[1:]]
     found = drift(moved, judge(moved, tables, REACH), history)
     assert [(gone.claim, gone.registered == gone.now, gone.changed) for gone in found] == [("L1", True, ("entry",))]
+
+
+def test_a_region_cannot_move_unseen_before_there_are_numbers(tables, tmp_path):
+    planned = [entry(test=[{"quantity": less("ours", "nobody")}])]
+    history = History(tmp_path / "history.jsonl")
+    assert history.record(planned, judge(planned, tables, REACH)) == ["L1"]
+    assert drift(planned, judge(planned, tables, REACH), history) == []
+    moved = [entry(accept={"high": 9.0}, test=[{"quantity": less("ours", "nobody")}])]
+    assert [gone.changed for gone in drift(moved, judge(moved, tables, REACH), history)] == [("entry",)]
+    more = xr.Dataset({"loss": (("model", "seed"), [[1.0, 1.1, 1.2], [1.5, 1.7, 1.65]])},
+                      {"model": ["ours", "nobody"], "seed": [0, 1, 2]})  # fmt: skip
+    now = judge(planned, kept(tmp_path, losses=more), REACH)
+    assert now["L1"].computed and drift(planned, now, history) == []
+    assert history.record(planned, now) == ["L1"] and len(history.entries) == 2
+
+
+def test_an_entry_that_was_registered_cannot_leave(registered, tables):
+    entries, history = registered
+    found = drift(entries[1:], judge(entries[1:], tables, REACH), history)
+    assert [(gone.claim, gone.now) for gone in found] == [("L1", "no such entry")]
 
 
 def test_a_result_that_went_missing_shows(registered, tmp_path):

@@ -73,6 +73,21 @@ def test_majority_counts_the_marks_before():
             assert batch.tokens[row, place + 1] < data.first_key  # what is asked for is not said
 
 
+def test_copies_ask_for_the_fact_of_the_segment_before():
+    config = Config(form="copy", batch=5, segments=6, length=15)
+    data = config.open()
+    for batch in drawn(config):
+        assert batch.mask.nonzero()[:, 1].unique().tolist() == [15 * n + i for n in range(1, 6) for i in (0, 1)]
+        for row, place in batch.mask.nonzero().tolist():
+            fact = int(batch.oracle[row, place])
+            assert fact // 15 == place // 15 - 1 and batch.targets[row, place] == batch.tokens[row, fact]
+            assert batch.tokens[row, place] == data.question + 1
+            key = fact - place % 15
+            assert data.first_key <= batch.tokens[row, key] < data.first_value <= batch.tokens[row, key + 1]
+        facts = (batch.tokens >= data.first_key) & (batch.tokens < data.question)
+        assert int(facts.sum()) == 5 * 6 * 2  # what is asked for is not said
+
+
 def test_who_names_the_last_mark_is_as_often_right_as_said():
     config = Config(form="majority", batch=400, segments=8, length=15)
     [batch] = drawn(config, count=1)
@@ -99,7 +114,7 @@ def test_distances_are_log_uniform():
         assert abs(found[octave] / 2000 - 1 / 6) < 4 * (5 / 36 / 2000) ** 0.5
 
 
-@pytest.mark.parametrize("form", ["pairs", "majority"])
+@pytest.mark.parametrize("form", ["pairs", "copy", "majority"])
 def test_draws_depend_on_the_generator_alone(form):
     config = Config(form=form, batch=2, segments=6, pairs=2, distance=(1, 4))
     for one, two in zip(drawn(config, 3), drawn(config, 3), strict=True):
@@ -114,7 +129,7 @@ def test_draws_depend_on_the_generator_alone(form):
 
 @pytest.mark.unchecked
 @pytest.mark.parametrize(("fields", "name"), [
-    ({"form": "copy"}, "form"), ({"length": 13}, "length"), ({"pairs": 0}, "pairs"), ({"values": 1}, "values"),
+    ({"form": "near"}, "form"), ({"length": 13}, "length"), ({"pairs": 0}, "pairs"), ({"values": 1}, "values"),
     ({"pairs": 9, "keys": 8}, "keys"), ({"distance": (2, 8)}, "distance"), ({"distance": (3, 2)}, "distance"),
     ({"form": "majority", "segments": 1}, "segments"),
 ])  # fmt: skip

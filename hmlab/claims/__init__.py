@@ -18,7 +18,7 @@ of the quantity lies (`verdict`). No verdict is typed. What is run smaller than 
 
 Intervals are 95 % bootstrap intervals of the mean over seeds, widened by the noise that A/A repeats show; with three
 seeds that is from the least to the greatest, which holds the mean of a symmetric distribution three times in four.
-`history` keeps every verdict that was registered, and is only ever added to.
+`history` keeps every verdict that was registered, and every region before there were numbers; it is only added to.
 
 Errors: ClaimError, one line that names file, entry and field.
 """

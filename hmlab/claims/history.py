@@ -2,8 +2,9 @@
 
     sha256 = of the line's other fields;  previous = sha256 of the line before, 64 zeros at first
 
-`definition` is the hash of what the verdict was computed by (regions, queries, scale), so a region that is moved after
-the fact shows. Lines at the end that go missing cannot be seen here; a checkout knows.
+`definition` is the hash of what the verdict is computed by (regions, queries, scale). What has no numbers yet is
+registered as well, so that a region that is moved before or after the fact shows. Lines at the end that go missing
+cannot be seen here; a checkout knows.
 
 Errors: HistoryError naming the line.
 """
@@ -22,7 +23,7 @@ from typing import Any
 from hmlab import atomic
 from hmlab.assets import assets_root
 from hmlab.claims.schema import Claim
-from hmlab.claims.verdict import Verdict
+from hmlab.claims.verdict import AT_OUR_SCALE, COMPUTED, Verdict
 from hmlab.provenance import checkout
 
 FIRST = "0" * 64
@@ -34,7 +35,7 @@ class HistoryError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """A registered verdict that no longer follows. changed: results, functions or the entry itself, as far as they
+    """A registered verdict that no longer follows, or an entry that is another now. changed: results, functions or the entry itself, as far as they
     differ from what was registered."""
 
     claim: str
@@ -72,13 +73,11 @@ class History:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         lines, added = [], []
         for claim in claims:
-            verdict, held = verdicts[claim.id], latest.get(claim.id)
-            if not verdict.computed and (held is None or not _installed(verdict)):
+            held, facts = latest.get(claim.id), _facts(claim, verdicts[claim.id])
+            known = held is not None and all(held[name] == value for name, value in facts.items())
+            if known or not _installed(verdicts[claim.id]):
                 continue
-            facts = _facts(claim, verdict)
-            if held is not None and all(held[name] == value for name, value in facts.items()):
-                continue
-            entry = {"claim": claim.id, **facts, **_numbers(verdict), "date": now, "commit": commit, "dirty": dirty,
+            entry = {"claim": claim.id, **facts, **_numbers(verdicts[claim.id]), "date": now, "commit": commit, "dirty": dirty,
                      "previous": self._last}  # fmt: skip
             self._last = _digest(entry)
             self.entries.append(entry)
@@ -104,8 +103,10 @@ def drift(claims: Sequence[Claim], verdicts: Mapping[str, Verdict], history: His
             continue
         if name not in verdicts:
             continue
-        verdict, facts = verdicts[name], _facts(known[name], verdicts[name])
-        if not _installed(verdict) or (held["verdict"], held["definition"]) == (facts["verdict"], facts["definition"]):
+        facts = _facts(known[name], verdicts[name])
+        # What had no numbers may get some.
+        follows = held["verdict"] == facts["verdict"] or not _computed(held["verdict"])
+        if not _installed(verdicts[name]) or (follows and held["definition"] == facts["definition"]):
             continue
         sources = sorted(held["sources"].keys() | facts["sources"].keys())
         changed = [source for source in sources if held["sources"].get(source) != facts["sources"].get(source)]
@@ -124,6 +125,10 @@ def _numbers(verdict: Verdict) -> dict[str, Any]:
     if outcome is None or not math.isfinite(outcome.value):
         return {"value": None, "low": None, "high": None, "seeds": 0}
     return {"value": outcome.value, "low": outcome.low, "high": outcome.high, "seeds": outcome.seeds}
+
+
+def _computed(text: str) -> bool:
+    return text.removesuffix(AT_OUR_SCALE) in COMPUTED
 
 
 def _installed(verdict: Verdict) -> bool:

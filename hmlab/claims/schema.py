@@ -49,9 +49,11 @@ class Region(Strict):
         return (float("-inf") if self.low is None else self.low, float("inf") if self.high is None else self.high)
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:.10g}"
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
-        return f">= {self.low:g}" if self.low is not None else f"<= {self.high:g}"
+            return f"{self.low:.10g} to {self.high:.10g}"
+        return f">= {self.low:.10g}" if self.low is not None else f"<= {self.high:.10g}"
 
 
 class Between(Strict):

@@ -16,6 +16,7 @@ from hmlab.registry import UnknownName
 # The worst first.
 ORDER: tuple[Word, ...] = ("contradicted", "not attempted", "inconclusive", "direction only", "reproduced")
 COMPUTED: tuple[Word, ...] = ("reproduced", "direction only", "contradicted", "inconclusive")
+AT_OUR_SCALE = " at our scale"
 WORDS: tuple[Word, ...] = (*COMPUTED, "blocked by scale", "not attempted", "background")
 
 
@@ -50,7 +51,7 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        return f"{self.word} at our scale" if self.at_our_scale else self.word
+        return self.word + AT_OUR_SCALE * self.at_our_scale
 
     @property
     def computed(self) -> bool:

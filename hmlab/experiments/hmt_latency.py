@@ -54,9 +54,9 @@ NEAREST = 32  # memories that the store returns
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """widths, memories: of the caches that are timed, where a call moves at most `largest` bytes, in the store `stored`.
-    repeats: of each, fewer (but `least`) where all together take longer than `seconds`. tokens, cache_sizes: of what is
-    read; measured every `every` tokens."""
+    """widths, memories: of the caches that are timed, where a call moves at most `largest` bytes; in the store those of
+    at most `stored`. repeats: of each, fewer (but `least`) where all together take longer than `seconds`. tokens,
+    cache_sizes: of what is read; measured every `every` tokens."""
 
     widths: tuple[int, ...] = (64, 1024, 4096)
     memories: tuple[int, ...] = (10, 100, 1000, 10_000, 100_000)

@@ -43,6 +43,16 @@ Form = Literal["pairs", "majority"]
 REWARD = 1.0  # weight of the loss that names the segment to recall; each segment of a stream adds its own
 
 
+class Phase(NamedTuple):
+    """Of a training: the task's form, segments of a stream, streams of a batch. recall: whether HMT searches already."""
+
+    form: Literal["pairs", "copy", "majority"]
+    segments: int
+    streams: int
+    steps: int
+    recall: bool = True
+
+
 class Trained(NamedTuple):
     """wrapper: fields of `HMT.Config` round a Llama, or None. window: tokens that each sees, without a wrapper.
     weights: the model whose training it shares, None for its own."""
@@ -75,9 +85,7 @@ QUESTIONS: dict[str, tuple[Form, int, int]] = {
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trainings and measurements share. width, layers, heads, mlp: of HMT's Llama. length, sensory, fraction:
-    of its segments. pairs, majority: of each phase of the form's training, segments, streams and steps; HMT begins
-    without recall. keys, values: of the task. measured: streams of `farthest` segments that are measured, `asked` facts
-    in each."""
+    of its segments. keys, values: of the task. pairs, majority: phases of the form's training. measured: streams of `farthest` segments that are measured, `asked` facts in each."""
 
     width: int = 64
     layers: int = 2
@@ -90,13 +98,16 @@ class Setting:
     values: int = 16
     learning_rate: float = 3e-3
     warmup: int = 20
-    pairs: tuple[tuple[int, int, int], ...] = ((2, 32, 150), (4, 32, 300), (8, 16, 250))
-    majority: tuple[tuple[int, int, int], ...] = ((4, 32, 100), (8, 16, 150))
+    pairs: tuple[Phase, ...] = (
+        Phase("pairs", 2, 32, 150, recall=False), Phase("copy", 3, 32, 150, recall=False),
+        Phase("pairs", 4, 32, 250), Phase("pairs", 8, 16, 200),
+    )  # fmt: skip
+    majority: tuple[Phase, ...] = (Phase("majority", 4, 32, 100, recall=False), Phase("majority", 8, 16, 150))
     measured: int = 32
     farthest: int = 64
     asked: int = 32
 
-    def task(self, form: Form, count: int, batch: int) -> segments.Config:
+    def task(self, form: str, count: int, batch: int) -> segments.Config:
         """Streams of `count` segments to learn from."""
         return self.streams(form=form, batch=batch, segments=count, pairs=max(1, count * 5 // 8),
                             distance=(0, count - 1))  # fmt: skip
@@ -105,7 +116,7 @@ class Setting:
         """Of segments as the models read them."""
         return segments.Config(length=self.length, keys=self.keys, values=self.values, **fields)
 
-    def phases(self, form: Form) -> tuple[tuple[int, int, int], ...]:
+    def phases(self, form: Form) -> tuple[Phase, ...]:
         return self.pairs if form == "pairs" else self.majority
 
     def model(self, name: str, cache_size: int = 4096) -> nn.Module:
@@ -127,7 +138,7 @@ class Setting:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = HMT.Config(**{"segment_length": self.length, "sensory": self.sensory, "fraction": self.fraction,
-                               "cache_size": cache_size, "bptt_segments": self.pairs[-1][0], **fields})  # fmt: skip
+                               "cache_size": cache_size, "bptt_segments": self.pairs[-1].segments, **fields})  # fmt: skip
         vocab = self.task("pairs", 2, 1).vocab_size
         return HMT(LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=self.width, intermediate_size=mlp, num_hidden_layers=self.layers,
@@ -150,9 +161,9 @@ def trained(setting: Setting, name: str, form: Form, seed: int, folder: Path, sa
         model.load_state_dict(load_file(done))
         return model.eval()
     for number, metrics in _steps(setting, model, form, seed, folder / f"{slug(name)}-{form}-{seed}"):
-        count, _, steps = setting.phases(form)[number]
-        if metrics.step % 50 == 0 or metrics.step == steps:
-            say(f"{name}, {form}, seed {seed}, {count} segments: step {metrics.step} of {steps}, "
+        phase = setting.phases(form)[number]
+        if metrics.step % 50 == 0 or metrics.step == phase.steps:
+            say(f"{name}, {phase.form}, seed {seed}, {phase.segments} segments: step {metrics.step} of {phase.steps}, "
                 f"{metrics.loss:.3f} nats, {metrics.tokens_per_second:.0f} tokens/s")  # fmt: skip
     atomic.write_bytes(done, save(model.state_dict()))
     return model.eval()
@@ -161,17 +172,17 @@ def trained(setting: Setting, name: str, form: Form, seed: int, folder: Path, sa
 def _steps(setting: Setting, model: nn.Module, form: Form, seed: int, unfinished: Path
            ) -> Iterator[tuple[int, train.Metrics]]:
     """The training, with the number of the phase; every model sees the same batches."""
-    plan, phases = [], setting.phases(form)
-    for number, (count, batch, steps) in enumerate(phases):
-        last = number == len(phases) - 1
-        without = isinstance(model, HMT) and (not number or model.config.query == "none")
-        plan.append(stages.Stage(segments=count, steps=steps, batch=batch, learning_rate=setting.learning_rate,
-                                 query="none" if without else None, warmup=setting.warmup,
-                                 schedule="cosine" if last else "constant"))  # fmt: skip
+    plan, data, phases = [], {}, setting.phases(form)
+    for phase in phases:
+        plan.append(stages.Stage(
+            segments=phase.segments, steps=phase.steps, batch=phase.streams, learning_rate=setting.learning_rate,
+            query=None if phase.recall else "none", warmup=setting.warmup,
+            schedule="cosine" if phase is phases[-1] else "constant",
+        ))  # fmt: skip
+        data[plan[-1]] = setting.task(*phase[:3]).open()
     if isinstance(model, HMT):
         number = 0
-        for metrics in stages.train(model, {}, plan, seed=seed, folder=unfinished,
-                                    data=lambda stage: setting.task(form, stage.segments, stage.batch).open()):
+        for metrics in stages.train(model, {}, plan, seed=seed, folder=unfinished, data=data.__getitem__):
             yield number, metrics
             number += metrics.step == plan[number].steps
         return
@@ -181,8 +192,7 @@ def _steps(setting: Setting, model: nn.Module, form: Form, seed: int, unfinished
             schedule=stage.schedule, learning_rate_floor=0.1, evaluate_every=10**9, evaluate_batches=1,
             deterministic=False,
         )  # fmt: skip
-        data = setting.task(form, stage.segments, stage.batch).open()
-        for metrics in train.train(model, data, recipe, seed=seed + 1000 * number):
+        for metrics in train.train(model, data[stage], recipe, seed=seed + 1000 * number):
             yield number, metrics
 
 
@@ -281,7 +291,7 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
                          {"model": memories, "seed": seeds, "question": order})  # fmt: skip
     dataset["state_bytes"].attrs["units"], dataset["accuracy"].attrs["units"] = "bytes", "share of answers"
     dataset["chance"].attrs["long_name"] = "of who guesses, or names the last mark"
-    data = setting.task("pairs", *setting.pairs[-1][:2]).open()
+    data = setting.task(*setting.pairs[-1][:3]).open()
     return dataset.assign_attrs(setting=asdict(setting), corpus=data.provenance(), measured_at=sorted(commits),
                                 experiment="hmlab.experiments.hmt_tasks")  # fmt: skip
 

@@ -104,7 +104,8 @@ class BracketsData(WrittenStreams):
             walks.append([float(height == end) for height in range(-1, self.config.depth[1] + 2)])
         while len(walks) <= steps:
             ways = [before + after for before, after in zip(walks[-1], walks[-1][2:], strict=False)]
-            walks.append([0.0, *(way / sum(ways) for way in ways), 0.0])
+            total = sum(ways)
+            walks.append([0.0, *(way / total for way in ways), 0.0])
         return walks
 
     @cached_property

@@ -16,13 +16,17 @@ colon's target is the value; only answers count (`mask`), and `oracle` holds the
 that key. Keys of a stream are distinct, values need not be. d + 1 is log-uniform over whole numbers. With `copies` a
 fact is planted in so many segments, the last of them d segments before the answer.
 
+`form="copy"`: every segment holds a fact, and the targets of the next one's two first tokens are its key and its value,
+which the stream does not say. A memory that is taught by pairs alone may keep values without their keys, since who asks
+for the last fact needs no key; this teaches both.
+
 `form="majority"`: every segment holds one of two marks, and the target of the first token of every second segment is
 the mark that most segments before it hold (of an odd number, so there is no tie). The answer is not said in the stream,
 and `oracle` is -1: all segments matter alike. Who knows the last mark only is right as often as `last_mark` says.
 
-Chance is 1 / `values` (pairs), 1 / 2 (majority). `slices`: none. Sources: multi-query associative recall (Arora et al.
-2023, Zoology, arXiv 2312.04927), cut into segments. Units: distances in segments, places in tokens. Errors: ValueError
-naming the field or argument.
+Chance is 1 / `values` (pairs, values of copy), 1 / `keys` (keys of copy), 1 / 2 (majority). Sources: multi-query
+associative recall (Arora et al. 2023, Zoology, arXiv 2312.04927), cut into segments. Units: distances in segments,
+places in tokens. Errors: ValueError naming the field or argument.
 """
 
 from __future__ import annotations
@@ -50,11 +54,11 @@ DRAWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """form: pairs or majority (see above). batch: streams in a batch. segments: in a stream. length: tokens of a
+    """form: pairs, copy or majority (see above). batch: streams in a batch. segments: in a stream. length: tokens of a
     segment. pairs: facts planted and asked for in each stream. distance: least and most segments from a fact to its
     answer. copies: segments that a fact is planted in. keys, values, filler: how many tokens there are of each kind."""
 
-    form: Literal["pairs", "majority"] = "pairs"
+    form: Literal["pairs", "copy", "majority"] = "pairs"
     batch: int = 16
     segments: int = 8
     length: int = 32
@@ -66,8 +70,8 @@ class Config:
     filler: int = 16
 
     def __post_init__(self) -> None:
-        if self.form not in ("pairs", "majority"):
-            raise ValueError(f"form: expected pairs or majority, got {self.form!r}")
+        if self.form not in ("pairs", "copy", "majority"):
+            raise ValueError(f"form: expected pairs, copy or majority, got {self.form!r}")
         check_positive(self, "batch", "segments", "pairs", "copies", "keys", "values", "filler")
         if self.length < LEAST_LENGTH:
             raise ValueError(f"length: expected at least {LEAST_LENGTH}, got {self.length}")
@@ -75,7 +79,7 @@ class Config:
             raise ValueError(f"values: expected at least 2, got {self.values}")
         if self.keys < self.pairs:
             raise ValueError(f"keys: expected at least pairs ({self.pairs}), got {self.keys}")
-        if self.form == "majority" and self.segments < 2:
+        if self.form != "pairs" and self.segments < 2:
             raise ValueError(f"segments: expected at least 2, the second asks first, got {self.segments}")
         if self.form == "pairs" and not 0 <= self.distance[0] <= self.distance[1] < self.segments:
             raise ValueError(f"distance: expected least and most, 0 <= least <= most < segments ({self.segments}), "
@@ -89,7 +93,8 @@ class Config:
     @property
     def chance(self) -> float:
         """Share of right answers of who guesses."""
-        return 1 / self.values if self.form == "pairs" else 1 / 2
+        chances = {"pairs": 1 / self.values, "copy": (1 / self.keys + 1 / self.values) / 2, "majority": 1 / 2}
+        return chances[self.form]
 
     def open(self) -> SegmentsData:
         return SegmentsData(self)
@@ -123,7 +128,7 @@ class SegmentsData:
         """Streams without end; a batch depends on nothing but the state of `generator` (on the CPU)."""
         if split not in SPLITS:
             raise ValueError(f"split: expected {' or '.join(SPLITS)}, got {split!r}")
-        return self._pairs(generator) if self.config.form == "pairs" else self._majority(generator)
+        return {"pairs": self._pairs, "copy": self._copies, "majority": self._majority}[self.config.form](generator)
 
     def evaluation_batches(self, split: str, count: int, seed: int) -> Iterator[Batch]:
         """`count` batches, always the same for a split and a seed, and none that a training with that seed draws."""
@@ -160,6 +165,26 @@ class SegmentsData:
             oracle = torch.full(mask.shape, -1)
             oracle[rows, place] = at[:, :, -1] + 1
             yield Batch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), mask, oracle=oracle)
+
+    def _copies(self, generator: torch.Generator) -> Iterator[Batch]:
+        config, length = self.config, self.config.length
+        rows, first = torch.arange(config.batch)[:, None], torch.arange(config.segments) * length
+        while True:
+            stream = self._filler(generator)
+            shape = (config.batch, config.segments)
+            key = self.first_key + torch.randint(config.keys, shape, generator=generator)
+            value = self.first_value + torch.randint(config.values, shape, generator=generator)
+            at = first + self._offsets(torch.Size(shape), 2, length // 2 - 2, generator)
+            stream[rows, at], stream[rows, at + 1] = key, value
+            mask = torch.zeros(config.batch, config.segments * length, dtype=torch.bool)
+            oracle, asked = torch.full(mask.shape, -1), first[1:]
+            stream[:, asked], stream[:, asked + 1] = self.question + 1, self.question + 1
+            targets = stream[:, 1:].clone()
+            for place, said in enumerate((key, value)):
+                targets[:, asked + place] = said[:, :-1]
+                oracle[:, asked + place] = at[:, :-1] + place
+                mask[:, asked + place] = True
+            yield Batch(stream[:, :-1].contiguous(), targets, mask, oracle=oracle)
 
     def _majority(self, generator: torch.Generator) -> Iterator[Batch]:
         config, length = self.config, self.config.length
