@@ -35,8 +35,10 @@ class HistoryError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """A registered verdict that no longer follows, or an entry that is another now. changed: results, functions or the entry itself, as far as they
-    differ from what was registered."""
+    """A registered verdict that no longer follows, or an entry that is another now.
+
+    changed: results, functions or the entry itself, as far as they differ from what was registered.
+    """
 
     claim: str
     registered: str
@@ -77,8 +79,8 @@ class History:
             known = held is not None and all(held[name] == value for name, value in facts.items())
             if known or not _installed(verdicts[claim.id]):
                 continue
-            entry = {"claim": claim.id, **facts, **_numbers(verdicts[claim.id]), "date": now, "commit": commit, "dirty": dirty,
-                     "previous": self._last}  # fmt: skip
+            entry = {"claim": claim.id, **facts, **_numbers(verdicts[claim.id]), "date": now, "commit": commit,
+                     "dirty": dirty, "previous": self._last}  # fmt: skip
             self._last = _digest(entry)
             self.entries.append(entry)
             lines.append(json.dumps({**entry, "sha256": self._last}, ensure_ascii=False, allow_nan=False))

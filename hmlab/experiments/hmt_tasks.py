@@ -44,7 +44,7 @@ REWARD = 1.0  # weight of the loss that names the segment to recall; each segmen
 
 
 class Phase(NamedTuple):
-    """Of a training: the task's form, segments of a stream, streams of a batch. recall: whether HMT searches already."""
+    """Of a training. segments: of a stream. streams: of a batch. recall: whether HMT searches already."""
 
     form: Literal["pairs", "copy", "majority"]
     segments: int
@@ -85,7 +85,8 @@ QUESTIONS: dict[str, tuple[Form, int, int]] = {
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trainings and measurements share. width, layers, heads, mlp: of HMT's Llama. length, sensory, fraction:
-    of its segments. keys, values: of the task. pairs, majority: phases of the form's training. measured: streams of `farthest` segments that are measured, `asked` facts in each."""
+    of its segments. keys, values: of the task. pairs, majority: phases of the form's training. measured: streams of
+    `farthest` segments that are measured, `asked` facts in each."""
 
     width: int = 64
     layers: int = 2
@@ -137,8 +138,10 @@ class Setting:
     def _wrapped(self, fields: dict[str, Any], mlp: int, cache_size: int) -> HMT:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        config = HMT.Config(**{"segment_length": self.length, "sensory": self.sensory, "fraction": self.fraction,
-                               "cache_size": cache_size, "bptt_segments": self.pairs[-1].segments, **fields})  # fmt: skip
+        config = HMT.Config(**{
+            "segment_length": self.length, "sensory": self.sensory, "fraction": self.fraction,
+            "cache_size": cache_size, "bptt_segments": self.pairs[-1].segments, **fields,
+        })  # fmt: skip
         vocab = self.task("pairs", 2, 1).vocab_size
         return HMT(LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=self.width, intermediate_size=mlp, num_hidden_layers=self.layers,
