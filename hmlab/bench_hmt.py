@@ -4,8 +4,9 @@ Training: forward and backward of 2 rows of 6 segments. Evaluation: the loss of 
 gradients. Each with recall (`query="prefix"`, as published) and without (the memory of a segment goes to the next).
 
 The floor counts the products of the equations and nothing else: the main pass of every segment, S of every segment but
-the first, attention at causal pairs only, the head at a segment's own tokens, each memory's key once; a backward pass
-twice that. Peak memory stands over what is held before the call, weights and gradients.
+the first two (one memory alone needs no search), attention at causal pairs only, the head at a segment's own tokens,
+each memory's key once; a backward pass twice that. Peak memory stands over what is held before the call, weights and
+gradients.
 
 Units: tokens, flops, bytes. Source: arXiv 2405.06067. Errors: ValueError for labels of another shape than ids.
 """
@@ -163,7 +164,7 @@ def hmt(device: str, sizes: Sizes, *, recall: bool) -> HMT:
     config = HMT.Config(
         segment_length=sizes.segment_length, sensory=sizes.sensory, cache_size=sizes.cache_size,
         query="prefix" if recall else "none", fraction=sizes.fraction, recall_dim=sizes.recall_dim, key_norm=False,
-        bptt_segments=sizes.depth,
+        bptt_segments=sizes.depth, checkpoint="elementwise",
     )  # fmt: skip
     return HMT(llama.to(device), config)
 
@@ -188,7 +189,7 @@ def flops(sizes: Sizes, segments: int, batch: int, *, recall: bool) -> int:
     if recall:
         excerpt = max(int(sizes.fraction * own), 1)
         seen = sum(min(n, sizes.cache_size) for n in range(1, segments))
-        products += (segments - 1) * (read(excerpt + 2) + 2 * width * sizes.recall_dim)
+        products += (segments - 2) * read(excerpt + 2) + (segments - 1) * 2 * width * sizes.recall_dim
         products += seen * (sizes.recall_dim + width)
     return 2 * batch * products
 

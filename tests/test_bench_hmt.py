@@ -91,7 +91,8 @@ def test_labels_of_another_shape_are_refused():
 
 @pytest.mark.parametrize("recall", [True, False])
 def test_flops_are_those_of_the_products(recall):
-    """The loop's own, counted by torch; less the head where no token is read, keys made again, and pairs not causal."""
+    """The loop's own, counted by torch; less S of the second segment, the head where no token is read, keys made again,
+    and pairs not causal."""
     model, theirs = both(recall=recall)
     theirs.requires_grad_(False)
     model.backbone.set_attn_implementation("eager")  # whose products torch counts
@@ -104,20 +105,24 @@ def test_flops_are_those_of_the_products(recall):
     heads = sum(main) + sum(excerpts) - segments * own
     seen = sum(places * places - places * (places + 1) // 2 for places in main + excerpts)
     again = (sum(entries) - (segments - 1)) * TINY.width * TINY.recall_dim if recall else 0
+    weights = 4 * TINY.width**2 + 3 * TINY.width * TINY.mlp
+    for places in excerpts[:1]:
+        again += TINY.layers * (places * weights + TINY.width * places * (places + 1))
     extra = heads * TINY.width * TINY.vocab + TINY.layers * 2 * TINY.width * seen + again
     expected = bench_hmt.flops(TINY, segments, batch, recall=recall) + 2 * batch * extra
     assert counter.get_total_flops() == expected
 
 
 def test_bytes_are_of_tensors_that_live_at_once():
-    kept = []
+    kept, held = [], torch.zeros(10, 10)
 
     def call():
         a = torch.zeros(1000)
         b = a + 1
         del a
         c = b.view(10, 100).t() * 2  # views hold no bytes of their own
-        kept[:] = [c]
+        del b
+        kept[:] = [c, held.t()]  # nor what was there before
 
     assert tensor_bytes(call) == 4000  # two of three at once, one of which stays, as one from before goes
     weight = torch.zeros(1000, requires_grad=True)

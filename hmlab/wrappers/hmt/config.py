@@ -25,9 +25,10 @@ class Config:
     width of queries and keys [h], None for the backbone's. key_norm: scores are cosines times a learned temperature
     instead of q·k / sqrt(h). keys: a segment has one key, of the mean of its memories, or each memory its own.
     bptt_segments: the state is cut off from the graph after every so many. cache_device: where the cache is kept and
-    searched, None for where the text is. checkpoint: what the backward pass computes anew: nothing; all but matrix
-    products and attention; whole segments. representations: summaries made in one pass of the backbone, 1 for one by
-    one. retrieval_loss: weight of the loss that names the segment to recall, where the task knows it.
+    searched, None for where the text is. checkpoint: what the backward pass computes anew: nothing; products
+    of two tensors and activations (`hmlab.wrappers.hmt.recompute`); whole segments. representations: summaries made in
+    one pass of the backbone, 1 for one by one. retrieval_loss: weight of the loss that names the segment to recall,
+    where the task knows it.
     """
 
     segment_length: int = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from hmlab.wrappers.hmt.config import LEAST_SEGMENTS, QUERIES, Config, Output, S
 from hmlab.wrappers.hmt.layout import Layout
 from hmlab.wrappers.hmt.loss import cross_entropy
 from hmlab.wrappers.hmt.recall import Recall, sources
-from hmlab.wrappers.hmt.recompute import keep_products
+from hmlab.wrappers.hmt.recompute import products_again
 
 
 class HMT(nn.Module):
@@ -157,15 +158,15 @@ class HMT(nn.Module):
         """The loss where there are targets, else the logits; and the state afterwards."""
         config, batch = self.config, len(ids)
         held = state.ids
-        segments = layout.place(layout.pack(ids), 0, held)
-        before = torch.cat((held[:, None], segments[:, :-1]), 1)  # the segment before each
+        texts = _Texts(self.reader, torch.cat((held[:, None], layout.place(layout.pack(ids), 0, held)), 1))
         fresh = layout.fresh
         opening, closing = fresh[..., 0], fresh[..., -1]
         number = state.count[:, None] + torch.arange(layout.segments, device=ids.device)  # of each segment
         if torch.is_grad_enabled() and query != "none":
             # Kept keys are of the weights they were made with; W_k is to learn from these memories too.
             state = state._replace(keys=self.recall.keys(state.cache.to(self.memory.device)).to(state.cache.device))
-        summaries = _Summaries(self, segments if query == "prefix" else before, fresh, opening & (number > 0), query)
+        # Of one memory alone nothing need be asked: it has all the weight.
+        summaries = _Summaries(self, texts, fresh, opening & (number > 1), query)
         cache, keys, count, prompt, last, past = (state.cache, state.keys, state.count, state.prompt, state.last,
                                                   state.past)  # fmt: skip
         total, seen, kept = self.memory.new_zeros(()), [], []
@@ -180,7 +181,7 @@ class HMT(nn.Module):
             low, high = int(columns[0]), int(columns[-1]) + 1
             keep = bool((layout.ends_open & (layout.last <= n)).any())
             hidden, memories, past = self._segment(
-                prompt, before[:, n], segments[:, n, low:high], new[:, low:high], opens, closes, count > 0, past, keep
+                prompt, texts, n, slice(low, high), new[:, low:high], opens, closes, count > 0, past, keep
             )
             at = new[:, low:high].long().cumsum(1).argmax(1)
             ends = hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
@@ -201,7 +202,7 @@ class HMT(nn.Module):
                 total = total + cross_entropy(hidden[counts], self.reader.head(), target[counts])
         if layout.segments:
             rows = torch.arange(batch, device=ids.device)
-            held = segments[rows, layout.last.clamp(min=0)].where((layout.tokens > 0)[:, None], held)
+            held = texts.ids[rows, layout.last.clamp(min=0) + 1].where((layout.tokens > 0)[:, None], held)
         length = torch.where(layout.tokens > 0, (layout.end - 1) % config.segment_length + 1, state.length)
         past = self.reader.empty(batch) if past is None else past
         state = State(cache, keys, count, prompt, held, length, last, past)
@@ -212,15 +213,15 @@ class HMT(nn.Module):
             total = total + cross_entropy(torch.cat(seen), self.reader.head(), torch.cat(kept))
         return total, state
 
-    def _segment(self, prompt: Tensor, before: Tensor, ids: Tensor, new: Tensor, opens: Tensor, closes: Tensor,
-                 follows: Tensor, past: Any, keep: bool) -> tuple[Tensor, Tensor, Any]:
-        """[P; last tokens of the segment before; ids; P], as far as each row has them: hidden states of the ids, and
-        of the trailing P."""
-        config, m, k = self.config, self.config.memories, self.config.sensory
-        parts, masks = [self.reader.embed(ids)], [new]
+    def _segment(self, prompt: Tensor, texts: _Texts, n: int, columns: slice, new: Tensor, opens: Tensor,
+                 closes: Tensor, follows: Tensor, past: Any, keep: bool) -> tuple[Tensor, Tensor, Any]:
+        """[P; last tokens of the segment before; tokens of the n-th; P], as far as each row has them: hidden states of
+        the tokens, and of the trailing P."""
+        m, k = self.config.memories, self.config.sensory
+        parts, masks = [texts.embedded(n + 1, columns)], [new]
         repeats = opens & follows
         if k and repeats.any():
-            parts.insert(0, self.reader.embed(before[:, config.segment_length - k :]))
+            parts.insert(0, texts.embedded(n, slice(self.config.segment_length - k, None)))
             masks.insert(0, repeats[:, None].expand(-1, k))
         if m and opens.any():
             parts.insert(0, prompt.to(parts[0].dtype))
@@ -233,20 +234,17 @@ class HMT(nn.Module):
         x = torch.cat(parts, 1)
         opening = None if opens.all() else opens
         hidden, past = self._pass(x, None if valid.all() else valid, opening, closes, past, keep)
-        read = hidden[:, first : first + ids.shape[1]]
-        return read, hidden[:, first + ids.shape[1] :], past
+        last = first + new.shape[1]
+        return hidden[:, first:last], hidden[:, last:], past
 
     def _pass(self, x: Tensor, valid: Tensor | None, opening: Tensor | None = None, closing: Tensor | None = None,
               past: Any = None, keep: bool = False) -> tuple[Tensor, Any]:
         """Through the backbone, as the configuration wants it for the backward pass."""
-        if self.config.checkpoint == "nothing" or keep or not torch.is_grad_enabled():
+        if self.config.checkpoint == "segments" and not keep and torch.is_grad_enabled():
+            return checkpoint(lambda x: self.reader.read(x, valid, opening, closing, past)[0], x,
+                              use_reentrant=False), None  # fmt: skip
+        with products_again() if self.config.checkpoint == "elementwise" else nullcontext():
             return self.reader.read(x, valid, opening, closing, past, keep)
-        how = {"context_fn": keep_products} if self.config.checkpoint == "elementwise" else {}
-
-        def read(x: Tensor) -> Tensor:
-            return self.reader.read(x, valid, opening, closing, past)[0]
-
-        return checkpoint(read, x, use_reentrant=False, **how), None
 
     def _prompt(self, query: str, summaries: _Summaries, n: int, cache: Tensor, keys: Tensor, count: Tensor,
                 opens: Tensor, wanted: Tensor | None) -> Tensor:
@@ -322,17 +320,32 @@ class HMT(nn.Module):
             auxiliary.add("recall", lambda: -self.config.retrieval_loss * found.mean().to(self.memory.device))
 
 
+class _Texts:
+    """The tokens of a call by segments, the one before the call first `[batch, 1 + segments, length]`.
+
+    Where gradients are wanted they are embedded once: each look-up's backward pass makes a whole table.
+    """
+
+    def __init__(self, reader: Reader, ids: Int[Tensor, "batch pieces length"]) -> None:
+        self._reader, self.ids = reader, ids
+        self._embedded = reader.embed(ids) if torch.is_grad_enabled() else None
+
+    def embedded(self, pieces: int | slice, columns: slice, chosen: Tensor | None = None) -> Tensor:
+        """Some columns of one piece, or of those of several that are chosen."""
+        taken = self.ids if self._embedded is None else self._embedded
+        taken = taken[:, pieces, columns] if chosen is None else taken[:, pieces, columns][chosen]
+        return self._reader.embed(taken) if self._embedded is None else taken
+
+
 class _Summaries:
     """S of the segments of a call, made in passes of several segments; rows that need none are left out."""
 
-    def __init__(self, hmt: HMT, texts: Tensor, fresh: Tensor, wanted: Bool[Tensor, "batch segments"], query: str
+    def __init__(self, hmt: HMT, texts: _Texts, fresh: Tensor, wanted: Bool[Tensor, "batch segments"], query: str
                  ) -> None:
-        self._hmt, self._wanted, self._made = hmt, wanted, {}
-        excerpt = hmt.config.excerpt
-        if query == "prefix":
-            self._texts, self._valid = texts[..., :excerpt], fresh[..., :excerpt]
-        else:
-            self._texts, self._valid = texts[..., hmt.config.segment_length - excerpt :], None
+        self._hmt, self._texts, self._wanted, self._made = hmt, texts, wanted, {}
+        excerpt, self._own = hmt.config.excerpt, query == "prefix"
+        self._columns = slice(excerpt) if self._own else slice(hmt.config.segment_length - excerpt, None)
+        self._valid = fresh[..., :excerpt] if self._own else None
 
     def of(self, n: int) -> Float[Tensor, "batch 1 width"]:
         """S of each row's n-th segment; 0 for rows that need none."""
@@ -345,9 +358,8 @@ class _Summaries:
         if not wanted.any():
             self._made[n] = hmt.memory.new_zeros(len(wanted), 1, hmt.reader.width)
             return
-        chosen = slice(n, n + wanted.shape[1])
-        ids = self._texts[:, chosen][wanted]
-        x = hmt.reader.embed(ids)
+        chosen, own = slice(n, n + wanted.shape[1]), int(self._own)
+        x = self._texts.embedded(slice(chosen.start + own, chosen.stop + own), self._columns, wanted)
         t = hmt.summary.to(x.dtype).expand(len(x), 1, -1)
         valid = None
         if self._valid is not None:
