@@ -344,7 +344,8 @@ def test_checkpointed_gradients_are_the_plain_ones(family, how, monkeypatch):
     ids, made = text(2, 41), []
     monkeypatch.setattr(recompute, "LEAST", 1)
     for name, again in recompute._AGAIN.items():
-        monkeypatch.setitem(recompute._AGAIN, name, lambda node, again=again, name=name: made.append(name) or again(node))
+        counted = lambda node, again=again, name=name: made.append(name) or again(node)  # noqa: E731
+        monkeypatch.setitem(recompute._AGAIN, name, counted)
 
     def gradients(**fields):
         hmt = wrapped(family, **fields).train()

@@ -345,7 +345,10 @@ class _Summaries:
         self._hmt, self._texts, self._wanted, self._made = hmt, texts, wanted, {}
         excerpt, self._own = hmt.config.excerpt, query == "prefix"
         self._columns = slice(excerpt) if self._own else slice(hmt.config.segment_length - excerpt, None)
-        self._valid = fresh[..., :excerpt] if self._own else None
+        self._valid = None
+        if self._own:  # of a segment that ends early, the same share
+            share = (hmt.config.fraction * fresh.sum(-1, keepdim=True)).long().clamp(min=1)
+            self._valid = torch.arange(excerpt, device=fresh.device) < share.clamp(max=excerpt)
 
     def of(self, n: int) -> Float[Tensor, "batch 1 width"]:
         """S of each row's n-th segment; 0 for rows that need none."""
