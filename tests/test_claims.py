@@ -243,6 +243,14 @@ def test_a_row_of_a_list_that_is_not_there_is_missing(tables):
         evaluate(entry(test=[{"quantity": rows}]).test[0].quantity, tables)
 
 
+def test_two_points_are_no_exponent(tables):
+    rows = {"result": "times", "column": "seconds", "reduce": "exponent", "along": "length"}
+    two = rows | {"where": {"length": {"most": 100}}}
+    assert judge_one(entry(test=[{"quantity": two}]), tables, REACH).word == "not attempted"
+    with pytest.raises(ClaimError, match="each row at a noise of its own"):
+        judge_one(entry(test=[{"quantity": rows | {"along": "noise"}}]), tables, REACH)
+
+
 @pytest.mark.parametrize(("quantity", "message"), [
     (loss("ours", column="los"), "expected a column of .*got 'los'"),
     ({"function": "parameter"}, "did you mean parameters"),

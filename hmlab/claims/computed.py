@@ -11,50 +11,37 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hmlab import auxiliary, codecs, corpora, hashing
+from hmlab import auxiliary, hashing
 from hmlab import model as models
-from hmlab.information import measures
 from hmlab.memories import lmn
 from hmlab.memory import state_bytes
 from hmlab.record import record
 from hmlab.registry import memory_config, model_config
 
-FUNCTIONS: dict[str, Callable[..., float]] = {}
 _WIDTH = 8  # of layers whose vectors are counted
-_WORDS = 60_000  # of the text on language
 # Of models of transformers.
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
           "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}  # fmt: skip
 
 
-def _named(function: Callable[..., float]) -> Callable[..., float]:
-    FUNCTIONS[function.__name__] = function
-    return function
-
-
-@_named
 def parameters(model: str, dim: int, vocab: int = 65, settings: dict[str, str] | None = None) -> int:
     """Of a language model of four layers, by the name of a preset."""
     return models.parameters(model_config(model, dim=dim, vocab=vocab, settings=settings).build())
 
 
-@_named
 def summarizer_parameters(dim: int, settings: dict[str, Any] | None = None) -> int:
     """Of an LMN layer's summarizer."""
     return models.parameters(lmn.Config(dim=dim, **settings or {}).build().summarizer)
 
 
-@_named
 def reduction_factor(tokens: int) -> float:
     """n^2 / log2 n."""
     return tokens**2 / math.log2(tokens)
 
 
-@_named
 def vectors_held(memory: str, tokens: int, settings: dict[str, Any] | None = None) -> int:
     """Vectors of the width that a layer's state holds after so many tokens; counters rounded away."""
     layer = memory_config(memory)(dim=_WIDTH, heads=2, **settings or {}).build()
@@ -63,7 +50,6 @@ def vectors_held(memory: str, tokens: int, settings: dict[str, Any] | None = Non
     return state_bytes(state) // (4 * _WIDTH)
 
 
-@_named
 def growth_of_vectors(memory: str, tokens: list[int], settings: dict[str, Any] | None = None, log: bool = False
                       ) -> float:
     """Exponent of `vectors_held` in the number of tokens, or in its binary logarithm; through the ends."""
@@ -72,7 +58,6 @@ def growth_of_vectors(memory: str, tokens: list[int], settings: dict[str, Any] |
     return math.log(last / first) / math.log(spans[1] / spans[0])
 
 
-@_named
 def scores_of_last(tokens: int, settings: dict[str, Any] | None = None) -> int:
     """Scores that the last of so many tokens computes in an LMN layer: nodes with a weight, by recording."""
     torch.manual_seed(0)
@@ -83,13 +68,11 @@ def scores_of_last(tokens: int, settings: dict[str, Any] | None = None) -> int:
     return int((seen > 0).sum())
 
 
-@_named
 def scores_from_logarithm(tokens: list[int], banks: int = 2) -> int:
     """Largest difference of `scores_of_last` to 1 + K floor(log2 t)."""
     return max(abs(scores_of_last(count, {"banks": banks}) - 1 - banks * (count.bit_length() - 1)) for count in tokens)
 
 
-@_named
 def growth_of_scores(tokens: list[int]) -> float:
     """Exponent, in the number of tokens, of the scores of a whole sequence in an LMN layer of one bank: its positions'
     1 + floor(log2 t); through the ends."""
@@ -97,7 +80,6 @@ def growth_of_scores(tokens: list[int]) -> float:
     return math.log(last / first) / math.log(tokens[-1] / tokens[0])
 
 
-@_named
 def difference_of_modes(lengths: list[int], settings: dict[str, Any] | None = None) -> float:
     """Largest difference of LMN in parallel to LMN token by token, outputs of order one; float32."""
     torch.manual_seed(0)
@@ -114,7 +96,6 @@ def difference_of_modes(lengths: list[int], settings: dict[str, Any] | None = No
     return worst
 
 
-@_named
 def difference_of_paths(levels: int) -> float:
     """Largest difference between a token's derivative in a node and the product of left and right factors along the
     bits of its offset, as a share of the largest; float64."""
@@ -134,7 +115,6 @@ def difference_of_paths(levels: int) -> float:
     return worst / float(jacobian.abs().max())
 
 
-@_named
 def sensitivity_to_order(memory: str = "lmn", settings: dict[str, Any] | None = None) -> float:
     """How much the last output of a layer without positions changes if two earlier tokens change places, as a share of
     its size; random weights."""
@@ -150,7 +130,6 @@ def sensitivity_to_order(memory: str = "lmn", settings: dict[str, Any] | None = 
     return float((after - before).norm() / before.norm())
 
 
-@_named
 def share_with_gradient(memory: str, tokens: int, settings: dict[str, Any] | None = None,
                         auxiliary_losses: bool = False) -> float:
     """Of a layer's parameter tensors, those whose gradient is finite and not zero. The loss is the outputs' square, and
@@ -169,7 +148,6 @@ def share_with_gradient(memory: str, tokens: int, settings: dict[str, Any] | Non
     return sum(reached) / len(reached)
 
 
-@_named
 def difference_of_attached(family: str) -> float:
     """Largest difference of the logits of a random model of transformers once HARMONY stands in for its attention, in
     one call; a slot for each token, all of them read, a window of 5 to 8; as a share of their deviation."""
@@ -189,7 +167,6 @@ def difference_of_attached(family: str) -> float:
     return float((after - before).abs().max() / before.std())
 
 
-@_named
 def recall_of_memory(shuffled: bool, facts: int = 128, values: int = 32) -> float:
     """Share of facts that HARMONY's manager reads back: a random key each, a value out of `values`, behind the window,
     every token kept, slots found by hash. shuffled: the values that it holds change places before it is read."""
@@ -214,80 +191,6 @@ def recall_of_memory(shuffled: bool, facts: int = 128, values: int = 32) -> floa
     return float((found == answers).double().mean())
 
 
-@_named
-def collision_rate(angle: float, bits: int = 8, pairs: int = 4096) -> float:
-    """Share of pairs of vectors at that angle (radians) with the same code of random hyperplanes."""
-    torch.manual_seed(0)
-    family = hashing.hyperplane.Config(dim=32, tables=16, bits=bits).build()
-    x = F.normalize(torch.randn(1, pairs, 1, 32), dim=-1)
-    across = torch.randn(1, pairs, 1, 32)
-    across = F.normalize(across - (across * x).sum(-1, keepdim=True) * x, dim=-1)
-    y = math.cos(angle) * x + math.sin(angle) * across
-    return float((family.codes(x) == family.codes(y)).double().mean())
-
-
-@_named
-def divergence_bound(least: bool = False) -> float:
-    """The largest, or least, Jensen-Shannon divergence in bits of 2,000 pairs of distributions: equal, disjoint, flat
-    and peaked ones."""
-    generator = np.random.default_rng(0)
-    p, q = generator.dirichlet([0.05] * 16, 2000), generator.dirichlet([0.5] * 16, 2000)
-    q[0] = p[0]
-    p[1], q[1] = np.eye(16)[0], np.eye(16)[1]
-    found = measures.js_divergence(torch.from_numpy(p), torch.from_numpy(q))
-    return float(found.min() if least else found.max())
-
-
-@_named
-def token_bits(codec: str, tokens: str, settings: dict[str, int] | None = None) -> float:
-    """Bits per token of a lossless code. tokens: "drift", whose frequent ones change every 500; "text", characters of
-    a text; "phrases", 50 phrases of random tokens, each said 20 times in a row."""
-    encoded = codecs.TOKEN_CODECS[codec](**settings or {}).encode(_sequence(tokens))
-    return encoded.bits / len(_sequence(tokens))
-
-
-@_named
-def bits_of_alphabet(tokens: str) -> float:
-    """Bits per token if each is written as its number in the alphabet; tokens: as `token_bits`."""
-    return math.log2(len(np.unique(_sequence(tokens))))
-
-
-@_named
-def quantisation(measure: str, bits: int = 8) -> float:
-    """Of random keys and values as `bits`-bit integers: "ratio", bits of float32 over theirs; "attention", squared
-    error of attention's output over its square."""
-    torch.manual_seed(0)
-    k, v = torch.randn(2, 1, 8, 64, 2, 32)
-    code = codecs.Quantisation.Config(bits=bits).build().encode(k, v)
-    if measure == "ratio":
-        return 32 * (k.numel() + v.numel()) / codecs.bits(code)
-    return float(codecs.Quantisation.Config(bits=bits).build().distortion(k, v, code).attention)
-
-
-@_named
-def language(statistic: str) -> float:
-    """Of the words of Python's documentation. "zipf": minus the slope of log frequency over log rank, ranks 1 to 1,000.
-    Others over the same of the words in random order: "temporal", the share of words said in the last 100;
-    "spatial", of pairs of neighbours said in the last 1,000 words; "density", deviation of the mean surprisal of
-    64 words."""
-    spoken = " ".join(corpora.load("python").splits.values()).lower().split()[:_WORDS]
-    words = np.unique(spoken, return_inverse=True)[1]
-    if statistic == "zipf":
-        counts = np.sort(np.bincount(words))[::-1][:1000]
-        x, y = np.log(np.arange(1, len(counts) + 1)), np.log(counts)
-        return float(-np.polyfit(x, y, 1)[0])
-    mixed = np.random.default_rng(0).permutation(words)
-    if statistic == "density":
-        surprisal = -np.log2(np.bincount(words) / len(words))
-        whole = len(words) // 64 * 64
-        return float(np.divide(*(surprisal[w[:whole]].reshape(-1, 64).mean(1).std() for w in (words, mixed))))
-    if statistic == "temporal":
-        return _said_lately(words, 100) / _said_lately(mixed, 100)
-    pairs = [np.unique(w[:-1] * (words.max() + 1) + w[1:], return_inverse=True)[1] for w in (words, mixed)]
-    return _said_lately(pairs[0], 1000) / _said_lately(pairs[1], 1000)
-
-
-@_named
 def families_wrapped(families: list[str]) -> int:
     """Of kinds of language models of transformers, random and tiny: those that HMT goes round, with a finite loss and a
     gradient that reaches memory, recall and backbone."""
@@ -312,7 +215,6 @@ def families_wrapped(families: list[str]) -> int:
     return reached
 
 
-@_named
 def searched_beyond_the_cache() -> int:
     """Entries that HMT's recall weighs at a segment, less the memories of the segments before it; 3 sensory tokens and
     a short-term memory are held at that time. Recorded, round a small LMN."""
@@ -328,23 +230,10 @@ def searched_beyond_the_cache() -> int:
     return int(weights.notnull().sum()) - (segments - 1)
 
 
-def _said_lately(words: np.ndarray, reach: int) -> float:
-    last = np.full(words.max() + 1, -reach - 1)
-    again = 0
-    for place, word in enumerate(words.tolist()):
-        again += place - last[word] <= reach
-        last[word] = place
-    return again / len(words)
-
-
-def _sequence(name: str) -> np.ndarray:
-    generator = np.random.default_rng(0)
-    if name == "drift":
-        share = 0.5 ** np.arange(1, 17)
-        parts = [generator.choice(16, 500, p=share / share.sum()) for _ in range(8)]
-        return np.concatenate([(part + 2 * number) % 16 for number, part in enumerate(parts)])
-    if name == "phrases":
-        return np.concatenate([np.tile(generator.integers(0, 64, 6), 20) for _ in range(50)])
-    if name == "text":
-        return np.array([ord(letter) for letter in corpora.load("python").splits["train"][:8000]])
-    raise ValueError(f"tokens: expected drift, text or phrases, got {name!r}")
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    function.__name__: function for function in (
+        parameters, summarizer_parameters, reduction_factor, vectors_held, growth_of_vectors, scores_of_last,
+        scores_from_logarithm, growth_of_scores, difference_of_modes, difference_of_paths, sensitivity_to_order,
+        share_with_gradient, difference_of_attached, recall_of_memory, families_wrapped, searched_beyond_the_cache,
+    )
+}  # fmt: skip

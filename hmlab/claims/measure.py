@@ -23,9 +23,10 @@ import pandas as pd
 
 from hmlab import results
 from hmlab.assets import assets_root
-from hmlab.claims import computed, schema
+from hmlab.claims import computed, schema, texts
 from hmlab.registry import UnknownName
 
+FUNCTIONS = computed.FUNCTIONS | texts.FUNCTIONS
 DRAWS = 10_000
 MOST_SIGNS = 16  # seeds up to which all signs are tried
 # Student's t, 97.5 %, from one degree of freedom on.
@@ -227,9 +228,10 @@ def _reduced(rows: pd.DataFrame, query: schema.Rows) -> np.generic:
 
 
 def _exponent(rows: pd.DataFrame, query: schema.Rows) -> Sample:
-    if len(rows) < 3 or rows[query.along].nunique() != len(rows):
-        raise ClaimError(f"{query.result}: expected an exponent of three rows or more, each at a {query.along} of its "
-                         f"own, got {len(rows)}")  # fmt: skip
+    if len(rows) < 3:
+        raise Missing(f"{query.result} has {len(rows)} rows for an exponent, which takes three")
+    if rows[query.along].nunique() != len(rows):
+        raise ClaimError(f"{query.result}: expected each row at a {query.along} of its own where {_said(query.where)}")
     x, y = (np.log(rows[name].to_numpy(float)) for name in (query.along, query.column))
     x = x - x.mean()
     slope, freedom = float(x @ y / (x @ x)), len(x) - 2
@@ -242,10 +244,9 @@ def _exponent(rows: pd.DataFrame, query: schema.Rows) -> Sample:
 
 
 def _function(name: str) -> Callable[..., float]:
-    found = computed.FUNCTIONS.get(name)
-    if found is None:
-        raise UnknownName("function of the ledger", name, computed.FUNCTIONS)
-    return found
+    if name not in FUNCTIONS:
+        raise UnknownName("function of the ledger", name, FUNCTIONS)
+    return FUNCTIONS[name]
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> float:

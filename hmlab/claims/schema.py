@@ -7,7 +7,7 @@ A measure is one of
 
     { result = NAME, column = C, where = {..}, ... }       rows of a table in data/results
     { published = NAME, column = C, where = {..} }         one number of a table in data/published
-    { function = NAME, arguments = {..} }                  a function of `hmlab.claims.computed`
+    { function = NAME, arguments = {..} }                  a function of `hmlab.claims.computed` or `texts`
     { number = X }
     { difference = [A, B] }, { ratio = [A, B] }, { least = [A, B, ..] }, { most = [A, B, ..] }    of measures
 

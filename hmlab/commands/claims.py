@@ -46,8 +46,8 @@ def claims(
     if json:
         print_json({
             "claims": [_fields(claim, verdicts[claim.id]) for claim in shown], "counts": counts, "total": total,
-            "published": every, "background": len(background), "computed": computed, "at_our_scale": at_our_scale, "recorded": added,
-            "drift": [vars(gone) for gone in drifted], "failed_controls": failed,
+            "published": every, "background": len(background), "computed": computed, "at_our_scale": at_our_scale,
+            "recorded": added, "drift": [vars(gone) for gone in drifted], "failed_controls": failed,
         })  # fmt: skip
     else:
         if ids:

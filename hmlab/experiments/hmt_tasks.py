@@ -18,7 +18,7 @@ goes on with what is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from hmlab.wrappers.hmt import HMT
 from hmlab.wrappers.hmt import training as stages
 
 Form = Literal["pairs", "majority"]
+FORMS: tuple[Form, ...] = ("pairs", "majority")
 REWARD = 1.0  # weight of the loss that names the segment to recall; each segment of a stream adds its own
 
 
@@ -100,7 +101,7 @@ class Setting:
     learning_rate: float = 3e-3
     warmup: int = 20
     pairs: tuple[Phase, ...] = (
-        Phase("pairs", 2, 32, 150, recall=False), Phase("copy", 3, 32, 150, recall=False),
+        Phase("pairs", 1, 64, 120, recall=False), Phase("copy", 3, 32, 300, recall=False),
         Phase("pairs", 4, 32, 250), Phase("pairs", 8, 16, 200),
     )  # fmt: skip
     majority: tuple[Phase, ...] = (Phase("majority", 4, 32, 100, recall=False), Phase("majority", 8, 16, 150))
@@ -146,6 +147,8 @@ class Setting:
         return HMT(LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=self.width, intermediate_size=mlp, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, num_key_value_heads=self.heads, max_position_embeddings=config.places,
+            # So that what a memory holds of a word is what the query holds of it.
+            tie_word_embeddings=True,
         )), config)  # fmt: skip
 
     def _windowed(self, tokens: int, width: int) -> models.LanguageModel:
@@ -168,7 +171,8 @@ def trained(setting: Setting, name: str, form: Form, seed: int, folder: Path, sa
         if metrics.step % 50 == 0 or metrics.step == phase.steps:
             say(f"{name}, {phase.form}, seed {seed}, {phase.segments} segments: step {metrics.step} of {phase.steps}, "
                 f"{metrics.loss:.3f} nats, {metrics.tokens_per_second:.0f} tokens/s")  # fmt: skip
-    atomic.write_bytes(done, save(model.state_dict()))
+    # Cloned, since embedding and head may be one.
+    atomic.write_bytes(done, save({name: value.clone() for name, value in model.state_dict().items()}))
     return model.eval()
 
 
@@ -184,10 +188,14 @@ def _steps(setting: Setting, model: nn.Module, form: Form, seed: int, unfinished
         ))  # fmt: skip
         data[plan[-1]] = setting.task(*phase[:3]).open()
     if isinstance(model, HMT):
-        number = 0
-        for metrics in stages.train(model, {}, plan, seed=seed, folder=unfinished, data=data.__getitem__):
-            yield number, metrics
-            number += metrics.step == plan[number].steps
+        begun: list[stages.Stage] = []  # an interrupted training begins with a later one
+
+        def of(stage: stages.Stage) -> segments.SegmentsData:
+            begun.append(stage)
+            return data[stage]
+
+        for metrics in stages.train(model, {}, plan, seed=seed, folder=unfinished, data=of):
+            yield plan.index(begun[-1]), metrics
         return
     for number, stage in enumerate(plan):
         recipe = train.Config(
@@ -261,7 +269,8 @@ def measure(setting: Setting, name: str, model: nn.Module, form: Form, seed: int
     return rows
 
 
-def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, say: Any = print) -> Any:
+def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, say: Any = print,
+        forms: Sequence[Form] = FORMS) -> Any:
     """Train and measure what the folder does not hold yet; a Dataset (model, seed, question)."""
     import numpy as np
     import xarray as xr
@@ -270,7 +279,7 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
     columns = ("accuracy", "low", "high", "answers", "chance", "state_bytes", "parameters")
     table = {c: np.full((len(memories), len(seeds), len(QUESTIONS)), np.nan) for c in columns}
     commits, order = set(), list(QUESTIONS)
-    for form in ("pairs", "majority"):
+    for form in forms:
         for s, seed in enumerate(seeds):
             for m, name in enumerate(memories):
                 kept = folder / f"{slug(name)}-{form}-{seed}-answers.json"
@@ -301,8 +310,11 @@ def run(setting: Setting, memories: list[str], seeds: list[int], folder: Path, s
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m hmlab.experiments.hmt_tasks`; Ctrl-C ends it, and the same command goes on."""
-    given = parser(__doc__, list(MODELS), "hmt_tasks").parse_args(arguments)
-    return conduct(lambda say: run(Setting(), given.memories, given.seeds, given.folder, say), given.output)
+    options = parser(__doc__, list(MODELS), "hmt_tasks")
+    options.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the questions")
+    given = options.parse_args(arguments)
+    return conduct(lambda say: run(Setting(), given.memories, given.seeds, given.folder, say, given.forms),
+                   given.output)  # fmt: skip
 
 
 if __name__ == "__main__":
