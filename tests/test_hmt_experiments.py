@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -229,7 +230,7 @@ def test_dropped_pages_are_read_from_the_disk_again(tmp_path):
         before = hmt_latency.disk_bytes_read()
         assert torch.equal(mapped.cache, cache) and torch.equal(mapped.keys, keys)
         taken.append(hmt_latency.disk_bytes_read() - before)
-    if not any(taken):
+    if not os.major(tmp_path.stat().st_dev):
         pytest.skip("the folder's file system has no device under it")
     assert taken[0] == taken[2] == 0 and taken[1] >= 2 * cache.nbytes
 

@@ -100,6 +100,7 @@ class Setting:
     values: int = 16
     learning_rate: float = 3e-3
     warmup: int = 20
+    # Copies before pairs: who asks for the last fact needs no key, and memories so taught held values without keys.
     pairs: tuple[Phase, ...] = (
         Phase("pairs", 1, 64, 120, recall=False), Phase("copy", 3, 32, 300, recall=False),
         Phase("pairs", 4, 32, 250), Phase("pairs", 8, 16, 200),

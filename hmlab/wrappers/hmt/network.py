@@ -48,6 +48,7 @@ class HMT(nn.Module):
             self.summary = nn.Parameter(torch.randn(1, width, **make) * spread)
             self.recall = Recall(width, config.recall_dim or width, key_norm=config.key_norm,
                                  each=config.keys == "each").to(weight.device)  # fmt: skip
+        self.train(backbone.training)
 
     def forward(
         self,

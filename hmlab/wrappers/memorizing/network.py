@@ -62,6 +62,7 @@ class MemorizingTransformer(nn.Module):
         hooks = (tell if number == self.layer else attention.leave_alone for number in range(len(modules)))
         decoder._hmlab_memorizing = tuple(module.register_forward_pre_hook(hook, with_kwargs=True)
                                           for module, hook in zip(modules, hooks, strict=True))  # fmt: skip
+        self.train(backbone.training)
 
     def forward(
         self,
