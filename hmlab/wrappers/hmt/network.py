@@ -20,6 +20,7 @@ from hmlab.wrappers.hmt.layout import Layout
 from hmlab.wrappers.hmt.loss import cross_entropy
 from hmlab.wrappers.hmt.recall import Recall, sources
 from hmlab.wrappers.hmt.recompute import products_again
+from hmlab.wrappers.hmt.texts import Summaries, Texts
 
 
 class HMT(nn.Module):
@@ -159,7 +160,7 @@ class HMT(nn.Module):
         """The loss where there are targets, else the logits; and the state afterwards."""
         config, batch = self.config, len(ids)
         held = state.ids
-        texts = _Texts(self.reader, torch.cat((held[:, None], layout.place(layout.pack(ids), 0, held)), 1))
+        texts = Texts(self.reader, torch.cat((held[:, None], layout.place(layout.pack(ids), 0, held)), 1))
         fresh = layout.fresh
         opening, closing = fresh[..., 0], fresh[..., -1]
         number = state.count[:, None] + torch.arange(layout.segments, device=ids.device)  # of each segment
@@ -167,7 +168,7 @@ class HMT(nn.Module):
             # Kept keys are of the weights they were made with; W_k is to learn from these memories too.
             state = state._replace(keys=self.recall.keys(state.cache.to(self.memory.device)).to(state.cache.device))
         # Of one memory alone nothing need be asked: it has all the weight.
-        summaries = _Summaries(self, texts, fresh, opening & (number > 1), query)
+        summaries = Summaries(self, texts, fresh, opening & (number > 1), query)
         cache, keys, count, prompt, last, past = (state.cache, state.keys, state.count, state.prompt, state.last,
                                                   state.past)  # fmt: skip
         total, seen, kept = self.memory.new_zeros(()), [], []
@@ -214,7 +215,7 @@ class HMT(nn.Module):
             total = total + cross_entropy(torch.cat(seen), self.reader.head(), torch.cat(kept))
         return total, state
 
-    def _segment(self, prompt: Tensor, texts: _Texts, n: int, columns: slice, new: Tensor, opens: Tensor,
+    def _segment(self, prompt: Tensor, texts: Texts, n: int, columns: slice, new: Tensor, opens: Tensor,
                  closes: Tensor, follows: Tensor, past: Any, keep: bool) -> tuple[Tensor, Tensor, Any]:
         """[P; last tokens of the segment before; tokens of the n-th; P], as far as each row has them: hidden states of
         the tokens, and of the trailing P."""
@@ -234,11 +235,11 @@ class HMT(nn.Module):
         valid = torch.cat(masks, 1)
         x = torch.cat(parts, 1)
         opening = None if opens.all() else opens
-        hidden, past = self._pass(x, None if valid.all() else valid, opening, closes, past, keep)
+        hidden, past = self.through(x, None if valid.all() else valid, opening, closes, past, keep)
         last = first + new.shape[1]
         return hidden[:, first:last], hidden[:, last:], past
 
-    def _pass(self, x: Tensor, valid: Tensor | None, opening: Tensor | None = None, closing: Tensor | None = None,
+    def through(self, x: Tensor, valid: Tensor | None, opening: Tensor | None = None, closing: Tensor | None = None,
               past: Any = None, keep: bool = False) -> tuple[Tensor, Any]:
         """Through the backbone, as the configuration wants it for the backward pass."""
         if self.config.checkpoint == "segments" and not keep and torch.is_grad_enabled():
@@ -247,7 +248,7 @@ class HMT(nn.Module):
         with products_again() if self.config.checkpoint == "elementwise" else nullcontext():
             return self.reader.read(x, valid, opening, closing, past, keep)
 
-    def _prompt(self, query: str, summaries: _Summaries, n: int, cache: Tensor, keys: Tensor, count: Tensor,
+    def _prompt(self, query: str, summaries: Summaries, n: int, cache: Tensor, keys: Tensor, count: Tensor,
                 opens: Tensor, wanted: Tensor | None) -> Tensor:
         """P of the rows that open their n-th segment of the call."""
         width, slots = self.reader.width, cache.shape[1]
@@ -319,64 +320,6 @@ class HMT(nn.Module):
         if hit.any():
             found = logs.mean(2)[hit.to(logs.device)]
             auxiliary.add("recall", lambda: -self.config.retrieval_loss * found.mean().to(self.memory.device))
-
-
-class _Texts:
-    """The tokens of a call by segments, the one before the call first `[batch, 1 + segments, length]`.
-
-    Where gradients are wanted they are embedded once: each look-up's backward pass makes a whole table.
-    """
-
-    def __init__(self, reader: Reader, ids: Int[Tensor, "batch pieces length"]) -> None:
-        self._reader, self.ids = reader, ids
-        self._embedded = reader.embed(ids) if torch.is_grad_enabled() else None
-
-    def embedded(self, pieces: int | slice, columns: slice, chosen: Tensor | None = None) -> Tensor:
-        """Some columns of one piece, or of those of several that are chosen."""
-        taken = self.ids if self._embedded is None else self._embedded
-        taken = taken[:, pieces, columns] if chosen is None else taken[:, pieces, columns][chosen]
-        return self._reader.embed(taken) if self._embedded is None else taken
-
-
-class _Summaries:
-    """S of the segments of a call, made in passes of several segments; rows that need none are left out."""
-
-    def __init__(self, hmt: HMT, texts: _Texts, fresh: Tensor, wanted: Bool[Tensor, "batch segments"], query: str
-                 ) -> None:
-        self._hmt, self._texts, self._wanted, self._made = hmt, texts, wanted, {}
-        excerpt, self._own = hmt.config.excerpt, query == "prefix"
-        self._columns = slice(excerpt) if self._own else slice(hmt.config.segment_length - excerpt, None)
-        self._valid = None
-        if self._own:  # of a segment that ends early, the same share
-            share = (hmt.config.fraction * fresh.sum(-1, keepdim=True)).long().clamp(min=1)
-            self._valid = torch.arange(excerpt, device=fresh.device) < share.clamp(max=excerpt)
-
-    def of(self, n: int) -> Float[Tensor, "batch 1 width"]:
-        """S of each row's n-th segment; 0 for rows that need none."""
-        if n not in self._made:
-            self._make(n)
-        return self._made.pop(n)
-
-    def _make(self, n: int) -> None:
-        hmt, wanted = self._hmt, self._wanted[:, n : n + self._hmt.config.representations]
-        if not wanted.any():
-            self._made[n] = hmt.memory.new_zeros(len(wanted), 1, hmt.reader.width)
-            return
-        chosen, own = slice(n, n + wanted.shape[1]), int(self._own)
-        x = self._texts.embedded(slice(chosen.start + own, chosen.stop + own), self._columns, wanted)
-        t = hmt.summary.to(x.dtype).expand(len(x), 1, -1)
-        valid = None
-        if self._valid is not None:
-            there = self._valid[:, chosen][wanted]
-            if not there.all():
-                ends = there.new_ones(len(there), 1)
-                valid = torch.cat((ends, there, ends), 1)
-        hidden, _ = hmt._pass(torch.cat((t, x, t), 1), valid)
-        found = hidden[:, -1]
-        rows = found.new_zeros(*wanted.shape, found.shape[1])
-        rows = rows.masked_scatter(wanted[..., None], found) if not wanted.all() else found.view_as(rows)
-        for i in range(wanted.shape[1]):
-            self._made[n + i] = rows[:, i : i + 1]
 
 
 def move(state: State, device: torch.device | str) -> State:
