@@ -15,13 +15,14 @@ TRANSFORMERS = {
     "llama": GATED,
     "qwen2": GATED,
     "gpt_neox": {"intermediate_size": 48},
+    "mistral": GATED | {"sliding_window": 4},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},  # projection and width differ
 }
 RECURRENT = {
     "mamba": {"state_size": 4, "conv_kernel": 3},
     "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8, "expand": 2},
 }
-ATTENDING = [*TRANSFORMERS, "lmn"]
+ATTENDING = ["llama", "qwen2", "gpt_neox", "opt", "lmn"]
 ALL = [*ATTENDING, *RECURRENT]
 SMALL = {"segment_length": 8, "sensory": 3, "cache_size": 4, "recall_dim": 16}
 

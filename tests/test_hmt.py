@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hmt_models import ALL, ATTENDING, RECURRENT, SMALL, TRANSFORMERS, VOCAB, backbone, text, wrapped
+from hmt_models import ALL, ATTENDING, RECURRENT, SMALL, VOCAB, backbone, text, wrapped
 
 from hmlab import hf
 from hmlab.memories.harmony import HierarchyConfig
@@ -464,6 +464,55 @@ def test_our_models_are_read_in_either_dress():
         HMT(attached, HMT.Config(**SMALL))
 
 
+@torch.no_grad()
+def test_layers_that_see_a_window_see_their_own_row():
+    """Sliding windows count columns: rows that stand at different places have no gap between past and new tokens."""
+    hmt = wrapped("mistral", segment_length=16)
+    ids, valid = text(2, 30), torch.arange(30) >= torch.tensor([[0], [7]])
+    state, pieces = None, []
+    for part in (slice(0, 12), slice(12, 13), slice(13, 27), slice(27, 30)):
+        out = hmt(ids[:, part], valid[:, part], state=state)
+        state = out.state
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1)[1, 7:], hmt(ids[1:, 7:]).logits[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_call_of_padding_changes_nothing(family):
+    hmt, ids = wrapped(family), text(2, 21)
+    state = hmt(ids).state
+    out = hmt(ids[:, :5], torch.zeros(2, 5, dtype=torch.bool), state=state)
+    assert out.logits.shape == (2, 5, VOCAB) and not out.logits.any()
+    assert torch.equal(hmt(ids[:, :6], state=out.state).logits, hmt(ids[:, :6], state=state).logits)
+    padded = torch.nn.functional.pad(ids, (0, 8 * 16 * 2))
+    behind = hmt.prefill(padded, attention_mask=torch.arange(padded.shape[1]).expand(2, -1) < 21)
+    torch.testing.assert_close(behind.last, state.last, **CLOSE)
+
+
+@pytest.mark.unchecked
+@torch.no_grad()
+def test_small_integers_and_half_precision_are_taken():
+    hmt, ids = wrapped(), text(1, 40)
+    exact = hmt(ids)
+    assert torch.equal(hmt(ids.to(torch.uint8)).logits, exact.logits)
+    loss = hmt(ids.int(), labels=ids.to(torch.uint8)).loss
+    torch.testing.assert_close(loss, hmt(ids, labels=ids).loss)
+    with torch.autocast("cpu", torch.float16):
+        half = hmt(ids)
+    assert half.logits.isfinite().all() and half.state.keys.dtype == torch.float32
+    assert copy.deepcopy(hmt).bfloat16()(ids).logits.isfinite().all()
+
+
+def test_a_past_that_the_backbone_does_not_keep_is_refused():
+    hmt, ids = wrapped(), text(1, 21)
+    hmt.backbone.activation_checkpointing_enable()
+    hmt.train()
+    hmt(text(1, 24), labels=text(1, 24)).loss.backward()
+    with pytest.raises(ValueError, match="backbone: expected one that keeps its past"):
+        hmt(ids, query="none")
+    assert hmt.eval()(ids).state.past.layers
+
+
 def test_rmt_hands_its_memory_on():
     model, ids = rmt(backbone("llama"), segment_length=8, memories=2).eval(), text(1, 24)
     assert not hasattr(model, "recall")
@@ -488,6 +537,7 @@ def test_rmt_hands_its_memory_on():
         ({"checkpoint": "all"}, "checkpoint: expected one of"),
         ({"recall_dim": 0}, "recall_dim: expected at least 1 or None, got 0"),
         ({"segment_length": 60}, "segment_length: expected segment_length"),
+        ({"cache_size": 1}, "cache_size: expected 2 or more for recall"),
     ],
 )
 @pytest.mark.unchecked
@@ -509,6 +559,17 @@ def test_bad_calls_are_refused():
         hmt(ids, labels=ids, loss_on="first")
     with pytest.raises(ValueError, match="state: expected 2 rows, as input_ids has, got 1"):
         hmt(ids, state=hmt.init_state(1))
+    for other in (wrapped(memories=2), wrapped(cache_size=8), wrapped(query="none"), wrapped(segment_length=16)):
+        with pytest.raises(ValueError, match="state: expected one of this configuration"):
+            hmt(ids, state=other(text(2, 90)).state)
+    with pytest.raises(ValueError, match="state: expected an HMT's State, got Output"):
+        hmt(ids, state=hmt(ids))
+    from transformers import BertConfig, BertLMHeadModel
+
+    bert = BertLMHeadModel(BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      intermediate_size=16, is_decoder=True))  # fmt: skip
+    with pytest.raises(ValueError, match="backbone: expected logits as the head gives them"):
+        HMT(bert, HMT.Config(**SMALL))
     with pytest.raises(ValueError, match="query: expected one of none, got 'previous'"):
         wrapped(query="none")(ids, query="previous")
     with pytest.raises(ValueError, match="ids: expected at least one token"):
@@ -523,4 +584,3 @@ def test_bad_calls_are_refused():
     state = recurrent(ids[:, :12]).state
     with pytest.raises(ValueError, match="state: expected whole segments where gradients are wanted"):
         recurrent(ids, labels=ids, state=state)
-    assert set(TRANSFORMERS) < set(ATTENDING)

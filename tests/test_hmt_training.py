@@ -25,10 +25,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TOKENS = {"train": text(3000, seed=1), "valid": text(600, seed=2)}
 
 
-def lora(model, **fields):
+def lora(model, adapter="default", **fields):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **fields)
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config, adapter_name=adapter)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -73,6 +73,13 @@ def test_adapters_are_the_wrappers_too(tmp_path):
         assert not torch.equal(HMT(backbone("llama"), HMT.Config(**SMALL)).eval()(ids).logits, hmt(ids).logits)
     with pytest.raises(ValueError, match="backbone: expected one without adapters"):
         HMT.from_pretrained(tmp_path, lora(backbone("llama")))
+    again = loaded.train()(ids, labels=ids).loss
+    again.backward()  # they learn on
+    assert any("lora_A" in name and p.grad is not None and p.grad.any() for name, p in loaded.named_parameters())
+    named = HMT(lora(backbone("llama"), adapter="books"), HMT.Config(**SMALL)).eval()
+    named.save_pretrained(tmp_path / "named")
+    with torch.no_grad():
+        assert torch.equal(HMT.from_pretrained(tmp_path / "named", backbone("llama"))(ids).logits, named(ids).logits)
     with pytest.raises(ValueError, match="include_backbone: expected False"):
         hmt.save_pretrained(tmp_path, include_backbone=True)
 
@@ -207,6 +214,8 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(after, tmp_path, mo
     assert list(train(again, TOKENS, stages, seed=4, folder=tmp_path / "parts")) == []
     with pytest.raises(ValueError, match="folder: expected one without a training or with this one"):
         next(train(again, TOKENS, stages, seed=5, folder=tmp_path / "parts"))
+    with pytest.raises(ValueError, match="folder: expected one without a training or with this one"):
+        next(train(again, {**TOKENS, "train": TOKENS["valid"]}, stages, seed=4, folder=tmp_path / "parts"))
 
 
 @pytest.mark.unchecked
@@ -286,5 +295,9 @@ def test_a_book_is_read_through_interruptions(tmp_path, monkeypatch, capsys):
     assert state_bytes(done.state) == state_bytes(whole.state)
     with pytest.raises(ValueError, match=r"path: expected a file that does not exist or belongs to this text"):
         book.read(hmt, text(1, 50), path)
-    with pytest.raises(ValueError, match=r"belongs to this wrapper's weights"):
+    with pytest.raises(ValueError, match=r"belongs to this model"):
         book.read(wrapped(recall_dim=8), ids, path)
+    with pytest.raises(ValueError, match=r"belongs to this model"):
+        other = copy.deepcopy(hmt)
+        other.backbone.lm_head.weight.mul_(1.1)
+        book.read(other, ids, path)

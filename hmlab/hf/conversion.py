@@ -110,8 +110,12 @@ def convert(
                         progress(len(losses), loss)
         except KeyboardInterrupt:
             if len(measured) < 2:  # nothing to compare yet
+                detach(model)
                 raise
             interrupted = True
+        except BaseException:
+            detach(model)
+            raise
         finally:
             model.train(training)
     measured.append(_measure(model, texts, length))

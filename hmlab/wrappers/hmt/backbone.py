@@ -14,6 +14,8 @@ Errors: ValueError for models that cannot be served so.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -72,8 +74,9 @@ def reader_of(model: nn.Module, places: int) -> Reader:
     if model.get_output_embeddings() is None:
         raise ValueError(f"backbone: expected a model with a head, got {type(model).__name__} without any")
     changed = [name for name in _BEHIND_THE_HEAD if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    if changed:
-        raise ValueError(f"backbone: expected logits as the head gives them, got a model with {', '.join(changed)}")
+    if changed or not _head_is_all(model):
+        raise ValueError(f"backbone: expected logits as the head gives them, got {type(model).__name__}, which does "
+                         f"more to them {changed or ''}")  # fmt: skip
     from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -90,6 +93,29 @@ def reader_of(model: nn.Module, places: int) -> Reader:
     if longest is not None and longest < places:
         raise ValueError(_too_long(places, longest))
     return AttentionReader(model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _head_is_all(model: Any) -> bool:
+    """Whether the model's logits are its head's of its last hidden state: of one token, it costs as little."""
+    if model.get_input_embeddings().weight.device.type == "meta":
+        return True
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with evaluating(model):
+        alone = model.get_output_embeddings()(model.base_model(ids)[0])
+        return torch.allclose(model(ids).logits.float(), alone.float(), rtol=1e-3, atol=1e-5)
 
 
 def _too_long(places: int, context: int) -> str:
@@ -142,7 +168,7 @@ class _Transformer:
         if self._blank is None:
             # One token tells the shapes.
             x = self.weight.new_zeros(1, 1, self.width)
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 _, past = self.read(x, keep=True)
             self._blank = pytree.tree_map(lambda leaf: torch.zeros_like(leaf, device="meta"), past)
 
@@ -165,14 +191,15 @@ class _Transformer:
 
 
 class Columns(NamedTuple):
-    """Keys and values of each layer `[batch, heads, columns, dim]`, each row's first `length` of them held."""
+    """Keys and values of each layer `[batch, heads, columns, dim]`, each row's last `length` of them held: what comes
+    next stands right behind, so that layers that see a window of columns see as many tokens."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     length: Int[Tensor, "batch"]
 
 
 class AttentionReader(_Transformer):
-    """A model that attends. Rows are packed to the left, behind what they have read."""
+    """A model that attends. Rows are packed together, right behind what they have read."""
 
     grows = True
 
@@ -205,6 +232,10 @@ class AttentionReader(_Transformer):
             hidden = _columns(hidden, (valid.cumsum(1) - 1).clamp(0)).where(valid[..., None], 0)
         if not keep:
             return hidden, None
+        if not cache.layers:
+            raise ValueError("backbone: expected one that keeps its past where a text ends inside a segment, got one "
+                             "under its own gradient checkpointing (HMT.Config(checkpoint='segments') is another "
+                             "way)")  # fmt: skip
         return hidden, self._kept(cache, length, count, closing, held, width)
 
     def _cache(self, past: Columns | None, held: int) -> Any:
@@ -213,7 +244,7 @@ class AttentionReader(_Transformer):
         # Not by the model's configuration: layers with sliding windows would drop columns that masks count on.
         cache = DynamicCache()
         for number, (k, v) in enumerate(past.layers if held else ()):
-            cache.update(k[:, :, :held], v[:, :, :held], number)
+            cache.update(*(x[:, :, x.shape[2] - held :] for x in (k, v)), number)
         return cache
 
     def _kept(self, cache: Any, length: Tensor, count: Tensor, closing: Tensor | None, held: int, width: int
@@ -221,12 +252,13 @@ class AttentionReader(_Transformer):
         mask, length = _held(length, count, held, width), length + count
         if closing is not None:
             length = length.masked_fill(closing, 0)
-        order = torch.argsort(~mask, dim=1, stable=True)[:, : int(length.max())]
-        straight = bool((order == torch.arange(order.shape[1], device=order.device)).all())
+        first = held + width - int(length.max())
+        order = torch.argsort(mask.int(), dim=1, stable=True)[:, first:]
+        straight = bool((order == torch.arange(first, held + width, device=order.device)).all())
 
         def kept(x: Tensor) -> Tensor:
             if straight:
-                return x[:, :, : order.shape[1]]
+                return x[:, :, first:]
             return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
         return Columns(tuple((kept(layer.keys), kept(layer.values)) for layer in cache.layers), length)
@@ -293,9 +325,10 @@ class RecurrentReader(_Transformer):
 
 def _held(length: Int[Tensor, "batch"], count: Int[Tensor, "batch"], held: int, width: int
           ) -> Bool[Tensor, "batch columns"]:
-    """Which of `held` columns and `width` behind them hold a token, of each row's first `length` and `count`."""
+    """Which of `held` columns and `width` behind them hold a token: the last `length` of the former, the first `count`
+    of the latter."""
     at = torch.arange(held + width, device=length.device)
-    return torch.where(at < held, at < length[:, None], at - held < count[:, None])
+    return torch.where(at < held, at >= held - length[:, None], at - held < count[:, None])
 
 
 def _columns(x: Float[Tensor, "batch time width"], index: Int[Tensor, "batch chosen"]

@@ -45,6 +45,8 @@ class Layout:
               ) -> Shaped[Tensor, "batch segments length"]:
         """Something of each token, where it stands; of tokens that were there before, `held`."""
         batch, time = packed.shape
+        if not self.segments:
+            return packed.new_zeros(batch, 0, self._length)
         if not self.filled.any() and time == self.segments * self._length:
             row = packed
         else:

@@ -71,6 +71,7 @@ class HMT(nn.Module):
         if loss_on not in ("all", "last"):
             raise ValueError(f"loss_on: expected all or last, got {loss_on!r}")
         layout, state, call = self._call(input_ids, attention_mask, state, query)
+        labels = labels if labels is None else labels.long()
         if labels is None:
             return Output(None, *call(None, None))
         if labels.shape != input_ids.shape:
@@ -139,9 +140,18 @@ class HMT(nn.Module):
                 raise ValueError(f"attention_mask: expected {list(ids.shape)}, the new tokens only, "
                                  f"got {list(attention_mask.shape)}")  # fmt: skip
             valid = None if attention_mask.all() else attention_mask.bool()
+        ids = ids.long()
         state = self.init_state(len(ids)) if state is None else state
+        if type(state) is not State:
+            raise ValueError(f"state: expected an HMT's State, got {type(state).__name__}")
         if len(state.count) != len(ids):
             raise ValueError(f"state: expected {len(ids)} rows, as input_ids has, got {len(state.count)}")
+        blank, slots = self.init_state(1), min(int(state.count.max()), config.cache_size) if len(ids) else 0
+        expected = (*blank.cache.shape[2:], *blank.keys.shape[2:], config.segment_length, slots * (config.memories > 0))
+        got = (*state.cache.shape[2:], *state.keys.shape[2:], state.ids.shape[1], state.cache.shape[1])
+        if got != expected and len(ids):
+            raise ValueError(f"state: expected one of this configuration (memories, width, keys, recall_dim, "
+                             f"segment_length, slots {expected}), got {got}")  # fmt: skip
         layout = Layout(valid, state.length, *ids.shape, config.segment_length)
         if query == "prefix" and ((layout.filled > 0) & (layout.tokens > 0)).any():
             raise ValueError("input_ids: expected to begin with a segment for the query 'prefix' (it is made of the "
@@ -293,8 +303,8 @@ class HMT(nn.Module):
     def _logits(self, seen: list[Tensor], kept: list[Tensor], layout: Layout, ids: Tensor) -> Tensor:
         """At each token's place in the call; 0 at padding."""
         head = self.reader.head()
-        if not seen:
-            return head(self.reader.embed(ids[:, :0]))
+        if not seen:  # padding only
+            return head(self.reader.embed(ids)) * 0
         hidden, columns = torch.cat(seen, 1), torch.cat(kept)
         where = columns.new_zeros(int(columns[-1]) + 1)
         where[columns] = torch.arange(len(columns), device=columns.device)

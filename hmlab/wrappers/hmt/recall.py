@@ -41,7 +41,8 @@ class Recall(Observed, nn.Module):
     def keys(self, memories: Float[Tensor, "batch *slots memories width"]) -> Float[Tensor, "batch *slots keys dim"]:
         """Keys of memories: one, of their mean, or one each."""
         memories = memories.float()
-        keys = self.key(memories if self.each else memories.mean(-2, keepdim=True))
+        with torch.autocast(memories.device.type, enabled=False):
+            keys = F.linear(memories if self.each else memories.mean(-2, keepdim=True), self.key.weight.float())
         return keys if self.scale is None else F.normalize(keys, dim=-1)
 
     def forward(
@@ -56,11 +57,16 @@ class Recall(Observed, nn.Module):
 
         P of a row that holds nothing is 0.
         """
-        query = self.query(summary.float())[:, 0]
+        with torch.autocast(summary.device.type, enabled=False):
+            return self._search(summary.float(), cache, keys, count, searching)
+
+    def _search(self, summary: Tensor, cache: Tensor, keys: Tensor, count: Tensor, searching: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        query = F.linear(summary, self.query.weight.float())[:, 0]
         query = query / math.sqrt(query.shape[-1]) if self.scale is None else F.normalize(query, dim=-1)
         scores = torch.einsum("bh,bskh->bsk", query.to(keys.device), keys.float())
         if self.scale is not None:
-            scores = scores * self.scale.exp().to(scores.device)
+            scores = scores * self.scale.float().exp().to(scores.device)
         slots = cache.shape[1]
         held = torch.arange(slots, device=cache.device) < count.to(cache.device)[:, None]
         # A row without memories: its weights are of nothing, but finite, and so are its gradients.

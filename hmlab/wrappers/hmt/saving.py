@@ -69,7 +69,10 @@ def from_pretrained(cls: type[HMT], folder: str | Path, backbone: nn.Module | No
 
         if hasattr(backbone, "peft_config"):
             raise ValueError("backbone: expected one without adapters, which the folder has, got one with")
-        backbone = PeftModel.from_pretrained(backbone, str(folder / "adapter"))
+        # One that has a name lies in a folder of that name.
+        (place,) = (found.parent for found in (folder / "adapter").rglob("adapter_config.json"))
+        name = "default" if place.name == "adapter" else place.name
+        backbone = PeftModel.from_pretrained(backbone, str(place), adapter_name=name, is_trainable=True)
     hmt = cls(backbone, from_fields(Config, json.loads(header["config"])))
     if int(header["width"]) != hmt.reader.width:
         raise ValueError(f"backbone: expected width {header['width']}, got {hmt.reader.width}")

@@ -10,6 +10,7 @@ Errors: ValueError naming the field.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +109,8 @@ def train(
     same call goes on to the same numbers.
     """
     kept = None if folder is None else Path(folder) / "training.safetensors"
-    number, restored = _restore(hmt, stages, seed, kept)
+    identity = None if kept is None else _identity(hmt, tokens, stages, seed)
+    number, restored = _restore(hmt, identity, kept)
     own = hmt.query
     for n, stage in enumerate(stages):
         if n < number:
@@ -120,6 +122,8 @@ def train(
         )  # fmt: skip
         context = stage.segments * hmt.config.segment_length
         source = Windows(tokens, stage.batch, context) if data is None else data(stage)
+        if stage.trained == "own" and not any(p.requires_grad for p in hmt.memory_parameters()):
+            raise ValueError("trained: expected all, the wrapper has no parameters of its own to train, got own")
         frozen = [p for p in hmt.backbone.parameters() if p.requires_grad] if stage.trained == "own" else []
         hmt.query = stage.query or own
         for parameter in frozen:
@@ -132,32 +136,34 @@ def train(
             for metrics in training.train(hmt, source, recipe, progress=progress):
                 yield metrics
                 if kept is not None and time.monotonic() - last > KEPT_EVERY:
-                    _keep(hmt, stages, seed, n, progress, kept)
+                    _keep(hmt, identity, n, progress, kept)
                     last = time.monotonic()
         finally:
             hmt.query = own
             for parameter in frozen:
                 parameter.requires_grad_(True)
         if kept is not None:
-            _keep(hmt, stages, seed, n + 1, None, kept)
+            _keep(hmt, identity, n + 1, None, kept)
 
 
-def _identity(stages: Sequence[Stage], seed: int) -> str:
-    return json.dumps([seed, [asdict(stage) for stage in stages]])
+def _identity(hmt: HMT, tokens: Mapping[str, Tensor], stages: Sequence[Stage], seed: int) -> str:
+    """What decides a training's numbers, as far as it can be told: other `data` cannot."""
+    texts = {name: hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest() for name, text in tokens.items()}
+    return json.dumps([seed, [asdict(stage) for stage in stages], asdict(hmt.config), texts])
 
 
-def _keep(hmt: HMT, stages: Sequence[Stage], seed: int, number: int, progress: Any, path: Path) -> None:
+def _keep(hmt: HMT, identity: str, number: int, progress: Any, path: Path) -> None:
     from safetensors.torch import save
 
     tensors, facts = ({}, None) if progress is None else progress.state()
     tensors = {f"progress/{name}": value for name, value in tensors.items()}
     tensors |= {f"model/{name}": value for name, value in hmt.state_dict().items()}
-    header = {"training": _identity(stages, seed), "stage": str(number), "facts": json.dumps(facts)}
+    header = {"training": identity, "stage": str(number), "facts": json.dumps(facts)}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header))
 
 
-def _restore(hmt: HMT, stages: Sequence[Stage], seed: int, path: Path | None) -> tuple[int, Any]:
+def _restore(hmt: HMT, identity: str | None, path: Path | None) -> tuple[int, Any]:
     """The stage to go on with, and the progress inside it."""
     from safetensors import safe_open
 
@@ -166,7 +172,7 @@ def _restore(hmt: HMT, stages: Sequence[Stage], seed: int, path: Path | None) ->
     with safe_open(path, "pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if header["training"] != _identity(stages, seed):
+    if header["training"] != identity:
         raise ValueError(f"folder: expected one without a training or with this one, got {path.parent} with another")
     hmt.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     facts = json.loads(header["facts"])
