@@ -317,7 +317,10 @@ def test_a_row_that_ends_is_left_alone():
     whole, _ = hmt.generate(ids, max_new_tokens=12)
     end = int(whole[0, 3])
     lengths = [(row == end).nonzero()[0, 0].item() + 1 if (row == end).any() else 12 for row in whole]
+    unseen = next(token for token in range(VOCAB) if token not in whole)
+    several, _ = hmt.generate(ids, max_new_tokens=12, eos_token_id=[end, unseen])
     written, state = hmt.generate(ids, max_new_tokens=12, eos_token_id=end)
+    assert torch.equal(several, written)
     for n, length in enumerate(lengths):
         assert torch.equal(written[n, :length], whole[n, :length]) and (written[n, length:] == end).all()
         assert state.tokens(8)[n] == 11 + length

@@ -134,7 +134,7 @@ def _trained(model: PreTrainedModel, parameters: list[Tensor], batches: Iterable
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
         for _, ids in zip(range(steps), _endless(batches), strict=False):
-            ids = ids.to(model.device)
+            ids = ids.to(model.device).long()
             with collect() as asked:
                 loss = model(ids, labels=ids, use_cache=False).loss
             if not loss.isfinite():
@@ -169,7 +169,7 @@ def _measure(model: PreTrainedModel, texts: list[Tensor], length: int) -> tuple[
     try:
         total = 0
         for text in texts:
-            ids = text.to(model.device)
+            ids = text.to(model.device).long()
             logits = model(ids, use_cache=False).logits[:, :-1].float()
             total += F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().sum(0).cpu()
         ids = texts[0][:1].to(model.device)

@@ -32,7 +32,7 @@ def losses(hmt: HMT, ids: Int[Tensor, "batch time"], *, query: str | None = None
     count = (ids.shape[1] - 1) // length
     if count < 1:
         raise ValueError(f"ids: expected more than a segment ({length} tokens), got {ids.shape[1]}")
-    training = hmt.training
+    ids, training = ids.long(), hmt.training
     hmt.eval()
     for begin in range(0, count, SEGMENTS_PER_CALL):
         part = slice(begin * length, min(begin + SEGMENTS_PER_CALL, count) * length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,9 +44,9 @@ class Stream(Iterator):
     """Tokens as they are chosen, `[batch]` each; `state` has read all of them."""
 
     def __init__(self, hmt: HMT, state: State, choose: Callable[[Tensor], Tensor], most: int | None,
-                 eos_token_id: int | None) -> None:
+                 ends: Int[Tensor, "tokens"]) -> None:
         self.state = state
-        self._hmt, self._choose, self._left, self._eos = hmt, choose, most, eos_token_id
+        self._hmt, self._choose, self._left, self._ends = hmt, choose, most, ends
         self._ended = torch.zeros(len(state.count), dtype=torch.bool, device=state.count.device)
 
     @torch.no_grad()
@@ -54,14 +54,12 @@ class Stream(Iterator):
         if self._left == 0 or (len(self._ended) and self._ended.all()):
             raise StopIteration
         chosen = self._choose(self._hmt.reader.head()(self.state.last).float())
-        if self._eos is not None:
-            chosen = chosen.masked_fill(self._ended, self._eos)
-        # A row that has ended reads no more.
-        mask = None if self._eos is None else ~self._ended[:, None]
+        mask = None
+        if len(self._ends):  # a row that has ended reads no more
+            chosen, mask = torch.where(self._ended, self._ends[0], chosen), ~self._ended[:, None]
         layout, _, call = self._hmt._call(chosen[:, None], mask, self.state, None)
         _, self.state = call(torch.full(layout.fresh.shape, -100, device=chosen.device), None)
-        if self._eos is not None:
-            self._ended = self._ended | (chosen == self._eos)
+        self._ended = self._ended | torch.isin(chosen, self._ends)
         self._left = None if self._left is None else self._left - 1
         return chosen
 
@@ -76,13 +74,14 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Stream:
     """Read `ids` (None for nothing more) behind `state`, then write on; what is written is read, and remembered.
 
     max_new_tokens: None for no end. temperature: divides the logits, 0 takes the likeliest token. top_k, top_p: keep
-    only the k likeliest, or the fewest whose probabilities sum to p. eos_token_id: ends a row, which repeats it.
+    only the k likeliest, or the fewest whose probabilities sum to p. eos_token_id: ends a row, which repeats it (of
+    several, the first).
     """
     if self.query == "prefix":
         raise ValueError("query: expected 'previous' or 'none' to write, got 'prefix', which needs tokens not yet seen")
@@ -113,7 +112,8 @@ def stream(
             logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
-    return Stream(self, state, choose, max_new_tokens, eos_token_id)
+    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return Stream(self, state, choose, max_new_tokens, torch.tensor(ends, dtype=torch.int64, device=state.count.device))
 
 
 def generate(self: HMT, ids: Int[Tensor, "batch time"] | None, *, max_new_tokens: int, state: State | None = None,

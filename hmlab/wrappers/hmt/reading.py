@@ -48,7 +48,7 @@ def read(hmt: HMT, ids: Int[Tensor, "batch time"], path: str | Path | None = Non
     """
     if ids.ndim != 2 or not ids.shape[1]:
         raise ValueError(f"ids: expected [batch, time] with at least one token, got {list(ids.shape)}")
-    path = None if path is None else Path(path)
+    path, ids = None if path is None else Path(path), ids.long()
     about = {"text": _digest(ids), "wrapper": _fingerprint(hmt)}
     state, begin, total, seconds = _restore(hmt, len(ids), path, about)
     training, length = hmt.training, hmt.config.segment_length

@@ -61,6 +61,8 @@ class Stage:
 
 def two_stages(steps: int, *, segments: int = 6, **fields: Any) -> list[Stage]:
     """Half of the steps without recall over 2 segments; the rest with it, over 3, then 4, … segments."""
+    if "query" in fields:
+        raise ValueError("query: expected the model's own (its stages are told apart by it), got one for all stages")
     lengths = range(LEAST_SEGMENTS, max(segments, LEAST_SEGMENTS) + 1)
     if steps < 2 * len(lengths):
         raise ValueError(f"steps: expected at least {2 * len(lengths)} for {segments} segments, got {steps}")

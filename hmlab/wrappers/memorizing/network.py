@@ -84,6 +84,7 @@ class MemorizingTransformer(nn.Module):
             return Output(None, whole if order is None else _unpacked(whole, attention_mask.bool()), state)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected {list(input_ids.shape)}, as input_ids has, got {list(labels.shape)}")
+        labels = labels.long()
         packed = (labels if order is None else labels.gather(1, order)).masked_fill(~valid, -100)
         targets = F.pad(packed[:, 1:], (0, 1), value=-100)
         losses = [torch.zeros((), device=input_ids.device)]
