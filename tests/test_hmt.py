@@ -226,6 +226,9 @@ def test_training_recall_on_two_segments_is_refused():
     hmt(ids, labels=ids, state=hmt(text(1, 24)).state).loss.backward()  # what was read before counts
     with torch.no_grad():
         hmt(ids)
+    with pytest.raises(ValueError, match="cache_size: expected 2 or more to train recall"):
+        wrapped(cache_size=1).train()(text(1, 40), labels=text(1, 40))
+    wrapped(cache_size=1)(text(1, 40))
     hmt.recall.requires_grad_(False)
     hmt(ids, labels=ids).loss.backward()
 
@@ -540,7 +543,6 @@ def test_rmt_hands_its_memory_on():
         ({"checkpoint": "all"}, "checkpoint: expected one of"),
         ({"recall_dim": 0}, "recall_dim: expected at least 1 or None, got 0"),
         ({"segment_length": 60}, "segment_length: expected segment_length"),
-        ({"cache_size": 1}, "cache_size: expected 2 or more for recall"),
     ],
 )
 @pytest.mark.unchecked

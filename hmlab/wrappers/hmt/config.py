@@ -59,9 +59,6 @@ class Config:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.memories and self.query != "none":
             raise ValueError(f"memories: expected 1 or more for recall (query {self.query!r}), got 0")
-        if self.cache_size < 2 and self.query != "none":
-            raise ValueError("cache_size: expected 2 or more for recall, which learns nothing from a choice among one, "
-                             f"got {self.cache_size}")  # fmt: skip
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction: expected 0 < fraction <= 1, got {self.fraction}")
         if self.recall_dim is not None and self.recall_dim < 1:

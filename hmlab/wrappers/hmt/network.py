@@ -158,6 +158,9 @@ class HMT(nn.Module):
                              "segment's own tokens), got a row inside one; 'previous' reads on anywhere")  # fmt: skip
         learns = self.training and torch.is_grad_enabled() and query != "none"
         if learns and any(p.requires_grad for p in self.recall.parameters()):
+            if config.cache_size < 2:
+                raise ValueError("cache_size: expected 2 or more to train recall, which learns nothing from a choice "
+                                 "among one memory, got 1")  # fmt: skip
             reached = int((state.count + layout.segments).max())
             if reached < LEAST_SEGMENTS:
                 raise ValueError(f"input_ids: expected at least {LEAST_SEGMENTS} segments of {config.segment_length} "
